@@ -1,0 +1,32 @@
+"""ReLoRA at the level of the optimizer: high-rank training through low-rank updates, for any model.
+
+Source: Lialin et al. 2023, "Stack More Layers Differently", arXiv 2307.05695.
+"""
+
+from . import prune
+from .export import save_merged
+from .metrics import Memory, memory
+from .optimizer import ReLoRAOptimizer
+from .schedule import JaggedSchedule, constant, cosine, linear, wsd
+from .select import default_targets
+from .step import FunctionalModel, Step
+from .weight import LowRankWeight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FunctionalModel",
+    "JaggedSchedule",
+    "LowRankWeight",
+    "Memory",
+    "ReLoRAOptimizer",
+    "Step",
+    "constant",
+    "cosine",
+    "default_targets",
+    "linear",
+    "memory",
+    "prune",
+    "save_merged",
+    "wsd",
+]

@@ -1,0 +1,125 @@
+"""Merged weights as safetensors, for inference.
+
+The model's parameters are the effective weights already, so there is nothing to merge: this file names, deduplicates
+and writes them. Keys are the model's own without wrappers' prefixes, tied weights are written once (under the first
+name), the metadata says {"format": "pt"}, and the same weights give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .select import canonical_name
+
+_METADATA = {"format": "pt"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def save_merged(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[Path]:
+    """Write a model's weights and buffers to one safetensors file, or to shards with an index.
+
+    Args:
+        model: any module; its state dictionary is what is written.
+        path: the file, "model.safetensors" say. Shards are named model-00001-of-00003.safetensors beside it, and their
+            index model.safetensors.index.json.
+        dtype: floating-point tensors are cast to it; None keeps their own.
+        max_shard_size: bytes, or "5GB", "200MB"; a larger single tensor has a shard of its own.
+
+    Returns:
+        The files written, the index last.
+
+    Raises:
+        ValueError: for an unreadable size, or a model without tensors.
+        FileNotFoundError: where the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={path}: there is no folder {path.parent} to write into")
+    tensors = _merged(model, dtype)
+    if not tensors:
+        raise ValueError(f"{type(model).__name__} has no parameters or buffers to save")
+    shards = _shards(tensors, _num_bytes(max_shard_size))
+    if len(shards) == 1:
+        _write(tensors, path)
+        return [path]
+    files, weight_map = [], {}
+    for number, names in enumerate(shards, start=1):
+        file = path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}")
+        _write({name: tensors[name] for name in names}, file)
+        files.append(file)
+        weight_map.update(dict.fromkeys(names, file.name))
+    index = path.with_name(f"{path.name}.index.json")
+    content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
+    _replace(index, lambda file: file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n"))
+    return [*files, index]
+
+
+def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the tensors to write, by canonical name, each piece of memory once."""
+    written: set[tuple[object, ...]] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() > 0 and place in written:
+            continue
+        written.add(place)
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensors[canonical_name(name)] = tensor.detach().to("cpu", cast).contiguous()
+    return tensors
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + _size(tensor) > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += _size(tensor)
+    return shards
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses tensors that share memory
+    _replace(path, lambda file: save_file(owned, file, metadata=_METADATA))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and move it into place, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _num_bytes(size: int | str) -> int:
+    if isinstance(size, str):
+        number, unit = size[:-2].strip(), size[-2:].upper()
+        if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+            raise ValueError(f"max_shard_size={size!r} is not a size: write bytes, or '5GB', '200MB'")
+        size = int(float(number) * _UNITS[unit])
+    if size <= 0:
+        raise ValueError(f"max_shard_size={size} must be positive")
+    return size

@@ -1,0 +1,79 @@
+"""The factors of one weight: their shapes, how A is drawn, and how a step of the factors moves the weight.
+
+    W is read as a matrix (m, n) or a batch of them;   A is (r, n), B is (m, r);   W <- W + s (B' A' - B A).
+
+Pure mathematics on tensors: no optimizer, no module, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+INITS = ("kaiming", "orthogonal")
+
+
+def matrix_shape(weight: Tensor, *, is_batch: bool = False) -> tuple[int, ...]:
+    """Return the matrix shape that a weight is read in: (m, n), or (batch, m, n) for stacked matrices.
+
+    A convolution (out, in, *kernel) is read as (out, in * kernel).
+    """
+    if is_batch:
+        return tuple(weight.shape)
+    return (weight.shape[0], math.prod(weight.shape[1:]))
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the factors: float32, or float64 where the weight is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def draw_generator(seed: int, name: str, restart: int) -> torch.Generator:
+    """Return a CPU generator keyed by (seed, parameter name, restart): the same on every rank, device and resume."""
+    digest = hashlib.sha256(f"{seed}:{restart}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Draw A (r, n), or (batch, r, n), for a weight of this matrix shape, on `like`'s device.
+
+    "kaiming" is the paper's: uniform on (-1/sqrt(n), 1/sqrt(n)), as `nn.init.kaiming_uniform_(A, a=sqrt(5))`.
+    "orthogonal" has orthonormal rows, as `nn.init.orthogonal_`.
+    """
+    *batch, _, n = shape
+    A = torch.empty(*batch, rank, n, dtype=factor_dtype(like.dtype))
+    if init == "kaiming":
+        A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
+    else:
+        basis, triangle = torch.linalg.qr(A.normal_(generator=generator).mT)
+        A = (basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT.contiguous()
+    return A.to(like.device)
+
+
+def new_b(shape: tuple[int, ...], rank: int, *, like: Tensor) -> Tensor:
+    """Return B = 0 of shape (m, r), or (batch, m, r)."""
+    *batch, m, _ = shape
+    return torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype), device=like.device)
+
+
+def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return s B A, (m, n) or (batch, m, n)."""
+    return (B @ A) * scale
+
+
+def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
+    """Move W by s (B' A' - B A) in place, as one product of rank 2r: [B', -B] [A'; A].
+
+    Args:
+        W: (m, n), (batch, m, n), or n-D with the factors of its matrix; floating point, contiguous or not.
+        old: (A, B) before the step. new: (A', B') after it.
+    """
+    left = torch.cat((new[1], -old[1]), dim=-1)
+    right = torch.cat((new[0], old[0]), dim=-2)
+    if W.dim() == 2:
+        W.addmm_(left, right, alpha=scale)
+    else:
+        W.add_((left @ right).view(W.shape), alpha=scale)

@@ -1,0 +1,122 @@
+"""The base optimizer inside: built over factors and dense parameters, stepped without its hooks, and made fresh.
+
+    Base          what the user gave, class or factory, with its keyword arguments: groups -> Optimizer
+    step          one update of a base optimizer that fires no step hook (the outer optimizer's fire once)
+    FreshState    turns a used state of one factor into what a fresh base optimizer would start from
+
+This file does not know ranks, clocks or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer to be: `factory(groups, **options)`."""
+
+    factory: Callable[..., Optimizer]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factory, Optimizer):
+            name = type(self.factory).__name__
+            raise TypeError(f"base is an instance of {name}: pass the class itself, with its arguments by keyword")
+        if not callable(self.factory):
+            raise TypeError(f"base={self.factory!r} must be an optimizer class or a factory: torch.optim.AdamW, say")
+        if self.options.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: the update of W is made in place, outside autograd")
+
+    def build(self, groups: list[Group]) -> Optimizer:
+        """Return the base optimizer over these groups, one of its groups for each of them.
+
+        Raises:
+            TypeError: where the factory returns something else.
+            ValueError: where it rearranges the groups or has no usable learning rate.
+        """
+        optimizer = self.factory(groups, **self.options)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"base gave a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
+        if [_ids(group) for group in optimizer.param_groups] != [_ids(group) for group in groups]:
+            raise ValueError(
+                f"{type(optimizer).__name__} rearranged its groups: a base must keep them as they are given"
+            )
+        for group in optimizer.param_groups:
+            if not math.isfinite(float(group.get("lr", math.nan))):
+                raise ValueError(f"lr={group.get('lr')} must be a finite number: the schedule multiplies it")
+        return optimizer
+
+
+def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """Run one update without the profiling wrapper that torch puts around `step`, which fires the global hooks."""
+    function: Callable[..., Any] = type(optimizer).step
+    while getattr(function, "hooked", False):
+        function = function.__wrapped__  # type: ignore[attr-defined]
+    return function(optimizer) if closure is None else function(optimizer, closure)
+
+
+class FreshState:
+    """What a fresh base optimizer's state of one factor is, found by trying it.
+
+    A state whose initial value is zero (Adam's, `step` included) is zeroed in place, so that its tensors survive. A
+    state that a base makes when it is constructed (Adagrad's) is copied from there. Any other (Rprop's step sizes,
+    NAdam's product, SGD's first momentum under dampening) is cleared, and the base makes it anew at its next update.
+    """
+
+    def __init__(self, base: Base, group: Group, factor: Tensor) -> None:
+        """Try `base` with a group's options over scratch tensors of the factor's shape; the factor is left alone."""
+        self._build: Callable[[Tensor], Optimizer] = lambda scratch: base.build(
+            [{**group, "params": [scratch], "lr": 0.01}]
+        )
+        scratch = torch.zeros_like(factor)
+        self._initial: State = dict(self._build(scratch).state.get(scratch, {}))
+        self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)
+
+    def reset_(self, state: State) -> None:
+        """Make a used state a fresh one, in place."""
+        if self._zero_is_fresh:
+            _zero_(state)
+        elif self._initial and self._initial.keys() == state.keys():
+            for key, value in self._initial.items():
+                state[key] = state[key].copy_(value) if isinstance(value, Tensor) else value
+        else:
+            state.clear()
+
+    def _behaves_as_fresh(self, factor: Tensor) -> bool:
+        """Say whether a used state set to zero gives the same two updates as no state at all."""
+        generator = torch.Generator().manual_seed(0)
+        start, *gradients = (torch.randn(factor.shape, generator=generator).to(factor) for _ in range(4))
+        used, fresh = start.clone(), start.clone()
+        used_base, fresh_base = self._build(used), self._build(fresh)
+        used.grad = gradients[0]
+        step(used_base)
+        used.copy_(start)
+        _zero_(used_base.state[used])
+        for gradient in gradients[1:]:
+            used.grad, fresh.grad = gradient.clone(), gradient.clone()
+            step(used_base)
+            step(fresh_base)
+        return torch.equal(used, fresh)
+
+
+def _zero_(state: State) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            state[key] = type(value)(0)
+
+
+def _ids(group: Group) -> list[int]:
+    return [id(parameter) for parameter in group["params"]]

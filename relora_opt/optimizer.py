@@ -1,0 +1,553 @@
+"""ReLoRAOptimizer: any base optimizer, with an update of low rank for the chosen weights.
+
+For a chosen weight W (m, n) with factors B (m, r), A (r, n) and scale s = alpha / r, one update is
+
+    dA = s B^T G,  dB = s G A^T        G = dL/dW, or the factor gradients of the functional path, or both
+    (A', B') = base step of (A, B)     at lr * schedule(u) * factor_lr
+    W <- W + s (B' A' - B A)
+
+and a restart re-draws A, zeroes B and prunes their state; it does not touch W. The model's own parameter is the
+effective weight at every moment: evaluation, `state_dict()` and export need no merging.
+
+Source: Lialin et al. 2023, arXiv 2307.05695, Algorithm 1. This file sequences; the mathematics is in factors.py,
+weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import inner
+from . import prune as pruning
+from .factors import INITS, draw_generator, product
+from .schedule import JaggedSchedule
+from .select import LowRank, Params, Slot, Targets, resolve_groups
+from .state import (
+    CLOCK,
+    Entry,
+    check_loadable,
+    detached,
+    is_low_rank,
+    loaded,
+    move_weight_,
+    new_clock,
+    new_entry,
+    redraw_,
+)
+from .weight import project
+
+if TYPE_CHECKING:
+    from .step import FunctionalModel, Step
+
+Group = dict[str, Any]
+
+
+class _Selected(NamedTuple):
+    """A low-rank weight as the optimizer meets it."""
+
+    W: Tensor
+    slot: Slot
+    group: Group
+
+
+class ReLoRAOptimizer(Optimizer):
+    """Train the chosen weights of any model by a sequence of low-rank updates, and everything else densely.
+
+    Args:
+        params: a module, parameters, (name, parameter) pairs, or groups of either; a group may set its own `rank`,
+            `alpha` and `factor_lr` beside the base optimizer's options.
+        base: an optimizer class, or a factory `groups -> Optimizer`.
+        rank: r of the factors; 0 trains everything densely.
+        alpha: scale s = alpha / rank; None means alpha = rank.
+        targets: which weights are low-rank: a regular expression searched for in parameter names, a list of names (of
+            parameters or modules, whole or their last parts), or a predicate (name, parameter) -> bool. None: the
+            weights of linear layers except embeddings, tied weights and the output head.
+        schedule: the clock of restarts and rates; None means a restart every 1000 updates with a ramp of 50.
+        init: how A is drawn, "kaiming" (the paper) or "orthogonal".
+        prune: what restarts leave of the factors' optimizer state, `prune.reset()` by default.
+        factor_lr: multiplies the learning rate of factors only.
+        max_grad_norm: clips the norm of factor and dense gradients together; None leaves them alone.
+        seed: keys every draw, together with the parameter's name and the number of restarts.
+        options: the base optimizer's keyword arguments.
+
+    Raises:
+        ValueError, TypeError: for settings that cannot work, before anything is allocated.
+
+    Source: arXiv 2307.05695, Algorithm 1.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    >>> optimizer = ReLoRAOptimizer(model, torch.optim.AdamW, rank=2, lr=1e-3)
+    >>> model(torch.ones(4, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.num_updates
+    1
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Callable[..., Optimizer] = torch.optim.AdamW,
+        *,
+        rank: int = 128,
+        alpha: float | None = None,
+        targets: Targets = None,
+        schedule: JaggedSchedule | None = None,
+        init: str = "kaiming",
+        prune: pruning.Strategy | None = None,
+        factor_lr: float = 1.0,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if init not in INITS:
+            raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be positive: None leaves gradients alone")
+        self.schedule = JaggedSchedule(1000, restart_warmup=50) if schedule is None else schedule
+        self.init, self.max_grad_norm, self.seed = init, max_grad_norm, seed
+        self.prune = pruning.reset() if prune is None else prune
+        if not isinstance(self.prune, pruning.STRATEGIES):
+            raise TypeError(f"prune={prune!r} must be a strategy: prune.reset(), say")
+        self._low_rank = LowRank(rank, alpha, factor_lr, targets)
+        self._base = inner.Base(base, options)
+        resolved = resolve_groups(params, self._low_rank)
+        self._slots = [group.slots for group in resolved]
+        self._init_transients()
+        template = self._base.build([dict(group.options) for group in resolved])
+        groups = [{**given, **group.options} for given, group in zip(template.param_groups, resolved, strict=True)]
+        self._check_base(template, has_low_rank=any(group["rank"] for group in groups))
+        super().__init__(groups, {**template.defaults, **new_clock()})
+
+    # The contract of torch.optim.Optimizer
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one update, and what is due after it: the switch or a restart.
+
+        A closure runs first, with gradients enabled; its loss is returned. An update that GradScaler skips is not
+        counted, and neither is the step with lr 0 and zero gradients by which torch.distributed.checkpoint makes state.
+
+        Raises:
+            RuntimeError: for factor gradients of the functional path under a GradScaler.
+        """
+        passes_closure = isinstance(self._current_inner(), torch.optim.LBFGS)
+        loss = None
+        if closure is not None and not passes_closure:
+            with torch.enable_grad():
+                loss = closure()
+        if self._amp_skips():
+            return loss
+        counts = not self._is_phantom()
+        self._make_entries()
+        base = self._current_inner()
+        own_gradients = self._add_projections()
+        if self.max_grad_norm is not None:
+            parameters = [p for group in base.param_groups for p in group["params"]]
+            self.grad_norm: Tensor | None = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self._set_rates(base)
+        before = {W: (entry["A"].clone(), entry["B"].clone()) for W, entry in self._moving_entries()}
+        result = inner.step(base, closure if passes_closure else None)
+        for W, _, group in self._selected() if counts else ():
+            if W in before:
+                move_weight_(W, self.state[W], before[W], group["scale"])
+        for factor, gradient in own_gradients:
+            factor.grad = gradient
+        self._adopt_state(base)
+        if counts:
+            self._tick()
+        return result if passes_closure else loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients of the parameters and of the factors."""
+        super().zero_grad(set_to_none)
+        for factor in self._all_factors():
+            if set_to_none or factor.grad is None:
+                factor.grad = None
+            else:
+                factor.grad.zero_()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, which may set its own `rank`, `alpha` and `factor_lr`.
+
+        A group added after the switch is low-rank at once; its first A belongs to the current cycle.
+        """
+        if "scale" in param_group:  # resolved already: __init__ adds its groups through here
+            super().add_param_group(param_group)
+            return
+        for group in resolve_groups([param_group], self._low_rank):
+            template = self._base.build([dict(group.options)]).param_groups[0]
+            self._slots.append(group.slots)
+            super().add_param_group({**template, **group.options, **self._clock()})
+        self._changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`."""
+        if self._drafts:
+            self._make_entries()
+        packed = super().state_dict()
+        entries = packed["state"].items()
+        packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken, bitwise. Factors in use are overwritten in place; dtypes are kept.
+
+        Raises:
+            ValueError: where the state is another optimizer's, of an unknown format, of other ranks, or disagrees with
+                its own counters.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
+        if self._drafts:
+            self._make_entries()
+        live = dict(self.state)
+        hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, OrderedDict()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
+        # torch has cast every floating tensor to its parameter's dtype; factors and masters keep their own.
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for W, index in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(index)
+                if is_low_rank(saved):
+                    self.state[W] = loaded(saved, live.get(W), W.device)
+        self._changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._init_transients()
+
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale and what it found: see _amp_skips
+
+    # What is ReLoRA's own
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates were applied; skipped ones do not count."""
+        return int(self.param_groups[0]["num_updates"])
+
+    @property
+    def num_restarts(self) -> int:
+        """How many restarts there were; the switch from full rank to low rank is not one."""
+        return int(self.param_groups[0]["num_restarts"])
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the next update is low-rank: something is selected and the warm start is over."""
+        return self.num_updates >= self.schedule.warm_start and any(group["rank"] for group in self.param_groups)
+
+    @property
+    def lr_multiplier(self) -> float:
+        """The schedule's multiplier for the coming update."""
+        return self.schedule(self.num_updates + 1, int(self.param_groups[0]["last_restart"]))
+
+    def last_lr(self) -> list[float]:
+        """Return the effective rate of every group in the last update; of the coming one before any."""
+        return self._last_lr or [float(lr) for lr in self._rates()]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start a new cycle now: re-draw every A, zero every B, prune their state, and ramp the rate up from 0.
+
+        The model's output does not change. The periodic restarts stay where they are.
+
+        Raises:
+            ValueError: during the warm start, or where nothing is low-rank.
+        """
+        if not self.is_low_rank:
+            raise ValueError(
+                f"restart() after {self.num_updates} updates: no weight is low-rank yet (warm_start="
+                f"{self.schedule.warm_start}, ranks {[group['rank'] for group in self.param_groups]})"
+            )
+        self._make_entries()
+        restart = self.num_restarts + 1
+        for group in self.param_groups:
+            group["num_restarts"], group["last_restart"] = restart, self.num_updates
+        self._prune()
+        for W, slot, _ in self._selected():
+            redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
+
+    def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live factors (A, B) of a low-rank weight: (r, n) and (m, r), or batches of them.
+
+        Raises:
+            KeyError: where the parameter is not low-rank. ValueError: before the switch.
+        """
+        selected = next((item for item in self._selected() if item.W is parameter), None)
+        if selected is None:
+            raise KeyError(f"the parameter of shape {tuple(parameter.shape)} is not low-rank in this optimizer")
+        if not self.is_low_rank:
+            raise ValueError(
+                f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
+            )
+        entry = self._entry(selected)
+        return entry["A"], entry["B"]
+
+    @torch.no_grad()
+    def frozen_weight(self, parameter: Tensor) -> Tensor:
+        """Return W - s B A in W's shape and dtype: what module-style LoRA calls the frozen weight."""
+        A, B = self.factors(parameter)
+        group = next(group for W, _, group in self._selected() if W is parameter)
+        W: Tensor = self.state.get(parameter, {}).get("master", parameter)
+        return (W - product(A, B, group["scale"]).view(W.shape)).to(parameter.dtype)
+
+    def set_clock(self, *, num_updates: int, num_restarts: int, last_restart: int) -> None:
+        """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
+
+        `load_state_dict` sets them by itself; torch.distributed.checkpoint, which needs a template of the state
+        first, is what this is for.
+
+        Raises:
+            ValueError: where the optimizer holds state already, or the counters are impossible.
+        """
+        if self.state:
+            raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
+        if not 0 <= last_restart <= num_updates or not 0 <= num_restarts <= num_updates:
+            raise ValueError(
+                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: "
+                "restarts lie between 0 and num_updates"
+            )
+        for group in self.param_groups:
+            group.update(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
+        self._drafts.clear()
+        self._changed()
+
+    def has_finite_gradients(self) -> bool:
+        """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
+        parameters = (*(p for group in self.param_groups for p in group["params"]), *self._all_factors())
+        return bool(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite())
+
+    def functional(self, model: nn.Module) -> FunctionalModel:
+        """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
+        from .step import FunctionalModel
+
+        functional = FunctionalModel(model, self)
+        self._functionals.add(functional)
+        return functional
+
+    def make_step(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        *,
+        compile: bool = True,
+        accumulate: int = 1,
+        skip_nonfinite: bool = False,
+        has_aux: bool = False,
+    ) -> Step:
+        """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py)."""
+        from .step import Step
+
+        return Step(
+            self,
+            model,
+            loss_fn,
+            compile=compile,
+            accumulate=accumulate,
+            skip_nonfinite=skip_nonfinite,
+            has_aux=has_aux,
+        )
+
+    # Privates
+
+    def _check_base(self, base: Optimizer, *, has_low_rank: bool) -> None:
+        if not isinstance(base, torch.optim.LBFGS):
+            return
+        if has_low_rank or self.max_grad_norm is not None:
+            raise ValueError(
+                "LBFGS evaluates its closure many times an update: it works with rank=0 and no clipping only"
+            )
+
+    def _init_transients(self) -> None:
+        """Set what no checkpoint, copy or pickle holds."""
+        self._inner: Optimizer | None = None
+        self._inner_key: list[int] = []
+        self._drafts: dict[Tensor, Entry] = {}
+        self._functionals: WeakSet[FunctionalModel] = WeakSet()
+        self._last_lr: list[float] = []
+        self.grad_norm = None
+
+    def _changed(self) -> None:
+        """What is trained has changed: build the base optimizer anew, and tell the functional models."""
+        self._inner = None
+        for functional in self._functionals:
+            functional.register_phase(self)
+
+    def _clock(self) -> dict[str, int]:
+        return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
+
+    def _selected(self) -> Iterator[_Selected]:
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            if group["rank"]:
+                yield from (_Selected(W, slot, group) for W, slot in zip(group["params"], slots, strict=True))
+
+    def _entry(self, selected: _Selected) -> Entry:
+        """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
+        W, slot, group = selected
+        entry = self.state[W] if W in self.state else self._drafts.get(W)
+        if not is_low_rank(entry):
+            entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
+            self._drafts[W] = entry
+        assert entry is not None
+        return entry
+
+    def _make_entries(self) -> None:
+        """Give every low-rank weight its state, where the phase has it."""
+        if self.is_low_rank:
+            for selected in self._selected():
+                self.state[selected.W] = self._entry(selected)
+            self._drafts.clear()
+
+    def _moving_entries(self) -> Iterator[tuple[Tensor, Entry]]:
+        """Yield the low-rank weights whose factors have a gradient."""
+        for W, _, _ in self._selected():
+            entry = self.state.get(W)
+            if entry is not None and is_low_rank(entry) and any(entry[key].grad is not None for key in ("A", "B")):
+                yield W, entry
+
+    def _all_factors(self) -> Iterator[Tensor]:
+        for entry in (*self.state.values(), *self._drafts.values()):
+            if is_low_rank(entry):
+                yield from (entry["A"], entry["B"])
+
+    def _add_projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Add the projection of every dense gradient to its factors' gradients; return what these were before."""
+        before: list[tuple[Tensor, Tensor | None]] = []
+        for W, _, group in self._selected():
+            entry = self.state.get(W)
+            if W.grad is None or entry is None or not is_low_rank(entry):
+                continue
+            A, B = entry["A"], entry["B"]
+            before += [(A, A.grad), (B, B.grad)]
+            for factor, gradient in zip((A, B), project(W.grad, A, B, group["scale"]), strict=True):
+                factor.grad = gradient if factor.grad is None else factor.grad + gradient
+        return before
+
+    def _current_inner(self) -> Optimizer:
+        """Return the base optimizer over factors and dense parameters, built anew where these have changed."""
+        lists = [list(self._inner_parameters(group)) for group in self.param_groups]
+        key = [id(p) for parameters in lists for p in parameters]
+        if self._inner is None or key != self._inner_key:
+            groups = [
+                {**group, "params": parameters} for group, parameters in zip(self.param_groups, lists, strict=True)
+            ]
+            self._inner, self._inner_key = self._base.build(groups), key
+            self._link_state(self._inner)
+        return self._inner
+
+    def _inner_parameters(self, group: Group) -> Iterator[Tensor]:
+        for p in group["params"]:
+            entry = self.state.get(p)
+            if entry is not None and is_low_rank(entry):
+                yield from (entry["A"], entry["B"])
+            else:
+                yield p
+
+    def _link_state(self, base: Optimizer) -> None:
+        """Let the base work on the very dictionaries that `self.state` holds."""
+        for entry, key, parameter in self._links():
+            if entry.get(key):
+                base.state[parameter] = entry[key]
+
+    def _adopt_state(self, base: Optimizer) -> None:
+        """Hold what the base holds: it may have made state, or replaced a dictionary."""
+        for entry, key, parameter in self._links():
+            entry[key] = base.state[parameter]
+
+    def _links(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                entry = self.state.get(p)
+                if entry is not None and is_low_rank(entry):
+                    yield entry, "A_state", entry["A"]
+                    yield entry, "B_state", entry["B"]
+                else:
+                    yield self.state, p, p
+
+    def _rates(self) -> list[Any]:
+        """Return the effective rate of every group in the coming update."""
+        multiplier, is_low_rank_phase = self.lr_multiplier, self.is_low_rank
+        return [
+            group["lr"] * (multiplier * group["factor_lr"] if is_low_rank_phase else multiplier)
+            for group in self.param_groups
+        ]
+
+    def _set_rates(self, base: Optimizer) -> None:
+        """Copy the groups' options into the base's groups, with the effective rates."""
+        rates = self._rates()
+        for group, base_group, rate in zip(self.param_groups, base.param_groups, rates, strict=True):
+            base_group.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
+        self._last_lr = [float(rate) for rate in rates] if not any(isinstance(r, Tensor) for r in rates) else []
+
+    def _tick(self) -> None:
+        """Count the update that was made; switch or restart where it is due."""
+        for group in self.param_groups:
+            group["num_updates"] += 1
+        if not any(group["rank"] for group in self.param_groups):
+            return
+        if self.schedule.switches_after(self.num_updates):
+            self._switch()
+        elif self.schedule.restarts_after(self.num_updates):
+            self.restart()
+
+    def _switch(self) -> None:
+        """End the warm start: the selected weights' dense state goes, factors come; all else is left alone."""
+        for group in self.param_groups:
+            group["last_restart"] = self.num_updates
+        for selected in self._selected():
+            self.state.pop(selected.W, None)
+        self._make_entries()
+        self._changed()
+
+    def _prune(self) -> None:
+        """Prune the base's state of every factor, in place."""
+        fresh: dict[tuple[int, torch.Size], inner.FreshState] = {}
+        for W, slot, group in self._selected():
+            entry = self.state[W]
+            for key in ("A", "B"):
+                factor, state = entry[key], entry[f"{key}_state"]
+                kind = (id(group), factor.shape)
+                if kind not in fresh:
+                    fresh[kind] = inner.FreshState(self._base, group, factor)
+                generator = draw_generator(self.seed, f"{slot.name}.{key}_state", self.num_restarts)
+                pruning.prune_(state, factor.shape, self.prune, reset_=fresh[kind].reset_, generator=generator)
+
+    def _amp_skips(self) -> bool:
+        """Do a GradScaler's work: unscale the dense gradients, and say whether the update must be skipped."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return False
+        if any(factor.grad is not None for factor in self._all_factors()):
+            raise RuntimeError(
+                "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
+                "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
+            )
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.grad.div_(grad_scale.to(p.grad.device))
+        return bool(found_inf)
+
+    def _is_phantom(self) -> bool:
+        """Say whether this is the step by which torch.distributed.checkpoint makes state: it changes nothing."""
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+
+_OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots")

@@ -1,0 +1,118 @@
+"""What happens to a factor's optimizer state at a restart.
+
+    reset()       the next updates equal a fresh base optimizer's, bitwise
+    magnitude(p)  the largest 1 - p of every same-shaped state tensor stays, by |first moment|; the rest is zero
+    random(p)     a random 1 - p stays
+    keep()        everything stays
+
+One mask per factor serves all its same-shaped state tensors: independent masks leave m != 0 where v = 0, and Adam then
+jumps by lr * m / eps. State tensors are found by shape, never by name, so any base optimizer will do. The first moment
+is the first of them in alphabetical order (Adam's exp_avg, SGD's momentum_buffer). State of other shapes (Adafactor's
+rows and columns) cannot be masked by element and is reset as a whole.
+
+Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (optimizer resets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Forget everything."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Forget nothing."""
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Zero the share `ratio` with the smallest |first moment|."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check_ratio("prune.magnitude", self.ratio)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Zero a random share `ratio`, drawn from (seed, parameter name, restart)."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check_ratio("prune.random", self.ratio)
+
+
+Strategy = Reset | Keep | Magnitude | Random
+STRATEGIES = (Reset, Keep, Magnitude, Random)
+
+
+def reset() -> Strategy:
+    """Forget the factors' state: their next updates equal a fresh base optimizer's, bitwise."""
+    return Reset()
+
+
+def keep() -> Strategy:
+    """Keep the factors' state as it is."""
+    return Keep()
+
+
+def magnitude(ratio: float) -> Strategy:
+    """Zero exactly the share `ratio` of the state with the smallest |first moment| (the paper prunes 0.9 and more)."""
+    return Magnitude(ratio)
+
+
+def random(ratio: float) -> Strategy:
+    """Zero exactly a random share `ratio` of the state (the reference code: 0.999)."""
+    return Random(ratio)
+
+
+def prune_(
+    state: State, shape: torch.Size, strategy: Strategy, *, reset_: Callable[[State], None], generator: torch.Generator
+) -> None:
+    """Prune one factor's state in place; its tensors stay the same objects.
+
+    Args:
+        state: the base optimizer's state of the factor.
+        shape: the factor's shape.
+        reset_: what makes this state a fresh base optimizer's, in place.
+        generator: what `random` draws from.
+    """
+    moments = [state[key] for key in sorted(state) if isinstance(state[key], Tensor) and state[key].shape == shape]
+    if isinstance(strategy, Keep) or not state:
+        return
+    if isinstance(strategy, Reset) or not moments:
+        reset_(state)
+        return
+    if isinstance(strategy, Magnitude):
+        scores = moments[0].detach().abs()
+    else:
+        scores = torch.rand(shape, generator=generator).to(moments[0].device)
+    kept = _largest(scores, shape.numel() - round(strategy.ratio * shape.numel()))
+    for moment in moments:
+        moment.mul_(kept.to(moment.dtype))
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Return a boolean mask of the `count` largest scores; of equal ones the first. Any number of elements."""
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order[:count]] = True
+    return mask.view(scores.shape)
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"{name}({ratio}): the share of the state to forget must lie between 0 and 1")

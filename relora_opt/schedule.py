@@ -1,0 +1,168 @@
+"""One clock: when the warm start ends, when a cycle restarts, and what multiplies the learning rate.
+
+Updates are counted u = 1, 2, ... With R the last restart or switch before u, and k = u - R:
+
+    multiplier(u) = k / restart_warmup * outer(R + restart_warmup)    for k < restart_warmup and R > 0 (the ramp)
+    multiplier(u) = outer(u)                                          otherwise
+
+This is the paper's jagged cosine (Lialin et al. 2023, arXiv 2307.05695, section 3) for any outer schedule. The outer
+schedules are plain callables u -> multiplier; any picklable callable of one's own serves.
+
+This file does not know optimizers: it neither holds a counter nor sets a rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+OuterSchedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """Linear warm-up over `warmup` updates, then `shape` falls from 1 to 0 over the rest, scaled onto [min_ratio,
+    1]."""
+
+    num_updates: int
+    warmup: int
+    min_ratio: float
+    shape: Callable[[float], float]
+
+    def __post_init__(self) -> None:
+        if self.num_updates < 1:
+            raise ValueError(f"num_updates={self.num_updates} must be at least 1: give the length of the whole run")
+        if not 0 <= self.warmup <= self.num_updates:
+            raise ValueError(f"warmup={self.warmup} must lie between 0 and num_updates={self.num_updates}")
+        if not 0.0 <= self.min_ratio <= 1.0:
+            raise ValueError(f"min_ratio={self.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
+
+    def __call__(self, update: int) -> float:
+        if update <= self.warmup and self.warmup > 0:
+            return update / self.warmup
+        if update >= self.num_updates:
+            return self.min_ratio
+        progress = (update - self.warmup) / (self.num_updates - self.warmup)
+        return self.min_ratio + (1 - self.min_ratio) * self.shape(progress)
+
+
+def constant(warmup: int = 0) -> OuterSchedule:
+    """Return the schedule that stays at 1, after a linear warm-up of `warmup` updates."""
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup} must not be negative: 0 means no warm-up")
+    return partial(_constant, warmup)
+
+
+def cosine(num_updates: int, warmup: int = 0, min_ratio: float = 0.0) -> OuterSchedule:
+    """Return half a cosine from 1 after `warmup` to `min_ratio` at `num_updates`, and `min_ratio` from there on.
+
+    >>> schedule = cosine(100, warmup=10, min_ratio=0.1)
+    >>> schedule(5), schedule(10), schedule(55), schedule(100)
+    (0.5, 1.0, 0.55, 0.1)
+    """
+    return _Decay(num_updates, warmup, min_ratio, _half_cosine)
+
+
+def linear(num_updates: int, warmup: int = 0, min_ratio: float = 0.0) -> OuterSchedule:
+    """Return a straight line from 1 after `warmup` to `min_ratio` at `num_updates`."""
+    return _Decay(num_updates, warmup, min_ratio, _line)
+
+
+def wsd(num_updates: int, warmup: int = 0, min_ratio: float = 0.0, decay: float = 0.2) -> OuterSchedule:
+    """Return warmup-stable-decay: 1 after `warmup`, and a straight line to `min_ratio` over the last share `decay`."""
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"decay={decay} must lie above 0 and at most at 1: it is the share of updates that decays")
+    return _Decay(num_updates, warmup, min_ratio, partial(_plateau, decay))
+
+
+@dataclass(frozen=True)
+class JaggedSchedule:
+    """The clock of ReLoRA.
+
+    Args:
+        restart_every: updates in a cycle; 0 means no restart (plain LoRA).
+        restart_warmup: updates over which the rate climbs back from 0 after a restart or after the switch.
+        warm_start: updates of full-rank training before the first cycle.
+        outer: the schedule that the ramps are cut out of, u -> multiplier.
+
+    Raises:
+        ValueError: for a negative count, or a ramp longer than its cycle.
+
+    >>> schedule = JaggedSchedule(restart_every=100, restart_warmup=10, warm_start=50)
+    >>> schedule(50), schedule(55), schedule(60), schedule(155)
+    (1.0, 0.5, 1.0, 0.5)
+    >>> schedule.switches_after(50), schedule.restarts_after(50), schedule.restarts_after(150)
+    (True, False, True)
+    """
+
+    restart_every: int
+    restart_warmup: int = 0
+    warm_start: int = 0
+    outer: OuterSchedule = field(default_factory=constant)
+
+    def __post_init__(self) -> None:
+        for name in ("restart_every", "restart_warmup", "warm_start"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number of updates, 0 or more")
+        if 0 < self.restart_every < self.restart_warmup:
+            raise ValueError(
+                f"restart_warmup={self.restart_warmup} is longer than restart_every={self.restart_every}: "
+                "the rate would never recover; shorten the ramp"
+            )
+        if not callable(self.outer):
+            raise TypeError(f"outer={self.outer!r} must be callable, update -> multiplier: cosine(20_000), say")
+
+    def __call__(self, update: int, last_restart: int | None = None) -> float:
+        """Return the multiplier of update u = 1, 2, ...
+
+        `last_restart` is the last restart or switch before u (0 for none); left out, the periodic one.
+        """
+        start = self._cycle_start(update) if last_restart is None else last_restart
+        since = update - start
+        ramps = start > 0 and since < self.restart_warmup
+        value = since / self.restart_warmup * self.outer(start + self.restart_warmup) if ramps else self.outer(update)
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"outer gave the multiplier {value} around update {update}: it must be finite, 0 or more")
+        return value
+
+    def switches_after(self, update: int) -> bool:
+        """Say whether the warm start ends with this update (the switch is not counted as a restart)."""
+        return update == self.warm_start > 0
+
+    def restarts_after(self, update: int) -> bool:
+        """Say whether a cycle ends with this update: u = warm_start + k * restart_every, k = 1, 2, ..."""
+        since = update - self.warm_start
+        return self.restart_every > 0 and since > 0 and since % self.restart_every == 0
+
+    def next_restart(self, update: int) -> int | None:
+        """Return the first update after `update` that a restart follows, or None where there is none."""
+        if self.restart_every == 0:
+            return None
+        cycles = max(0, update - self.warm_start) // self.restart_every + 1
+        return self.warm_start + cycles * self.restart_every
+
+    def _cycle_start(self, update: int) -> int:
+        if update <= self.warm_start:
+            return 0
+        if self.restart_every == 0:
+            return self.warm_start
+        return self.warm_start + (update - 1 - self.warm_start) // self.restart_every * self.restart_every
+
+
+def _constant(warmup: int, update: int) -> float:
+    return update / warmup if update < warmup else 1.0
+
+
+def _half_cosine(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _line(progress: float) -> float:
+    return 1 - progress
+
+
+def _plateau(decay: float, progress: float) -> float:
+    return min(1.0, (1 - progress) / decay)

@@ -1,0 +1,277 @@
+"""Which parameters are low-rank, and in which groups.
+
+By default, from a module: the weights of `nn.Linear` and of transformers' `Conv1D`, except embeddings, tied weights,
+the output head and frozen ones. `targets` (a regex, names, or a predicate) says otherwise. Each user's group becomes
+at most two groups for the optimizer, the low-rank part first; `group["rank"]` tells them apart (0: dense).
+
+Nothing is dropped in silence: a pattern that matches nothing, a rank that fits no weight and parameters from which
+nothing can be selected are errors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .factors import matrix_shape
+
+Params = nn.Module | Iterable[Any]
+Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+
+_HEAD_NAMES = ("lm_head", "head", "classifier", "output")
+_WRAPPER_NAMES = ("_orig_mod", "module", "_checkpoint_wrapped_module")
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+
+
+class Slot(NamedTuple):
+    """What the optimizer knows of a parameter beside its tensor."""
+
+    name: str
+    is_batch: bool  # a 3-D weight that stacks matrices along dimension 0
+
+
+class ResolvedGroup(NamedTuple):
+    """A group as the optimizer keeps it: `options` for torch.optim, with params, rank, scale and factor_lr."""
+
+    options: dict[str, Any]
+    slots: list[Slot]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What a group gets where it does not say its own.
+
+    Args:
+        rank: r; 0 selects nothing.
+        alpha: scale s = alpha / rank; None means alpha = rank.
+        factor_lr: multiplies the learning rate for factors only.
+        targets: which parameters; None for the default.
+    """
+
+    rank: int
+    alpha: float | None
+    factor_lr: float
+    targets: Targets
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank={self.rank!r} must be a whole number, 0 or more: 0 trains everything densely")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha} must be a positive number: the scale is alpha / rank")
+        if not (math.isfinite(self.factor_lr) and self.factor_lr >= 0):
+            raise ValueError(f"factor_lr={self.factor_lr} must be 0 or more: it multiplies lr for the factors")
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank, or 0 for rank 0."""
+        if self.rank == 0:
+            return 0.0
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def merged_with(self, group: dict[str, Any]) -> LowRank:
+        """Return these settings with a group's own; what the group says is removed from it."""
+        return replace(self, **{key: group.pop(key) for key in ("rank", "alpha", "factor_lr") if key in group})
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Return the names of the weights that are low-rank by default, whatever the rank, in the model's order.
+
+    >>> default_targets(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8)))
+    ['1.weight']
+    """
+    heads = _output_heads(model)
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    names = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not _is_linear(module) or not weight.requires_grad:
+            continue
+        is_head = any(module is head for head in heads) or (not heads and path.rpartition(".")[2] in _HEAD_NAMES)
+        if not is_head and owners[id(weight)] == 1:
+            names.append(canonical_name(f"{path}.weight" if path else "weight"))
+    return names
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile, DDP and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
+    """Split a user's parameters into the optimizer's groups.
+
+    Args:
+        params: a module, parameters, (name, parameter) pairs, or group dictionaries of either.
+        low_rank: what a group gets where it does not say its own rank, alpha or factor_lr.
+
+    Raises:
+        TypeError: for what is none of these.
+        ValueError: where nothing can be selected, a target matches nothing, or a named weight cannot be low-rank.
+    """
+    model = params if isinstance(params, nn.Module) else None
+    raw = _raw_groups(params)
+    chosen = _Choice(model, low_rank.targets)
+    resolved = [part for group in raw for part in _split(group, low_rank, chosen)]
+    chosen.check_all_matched()
+    _check_selection(resolved, raw, model, low_rank)
+    return resolved
+
+
+class _Choice:
+    """The targets, and which of them have matched so far."""
+
+    def __init__(self, model: nn.Module | None, targets: Targets) -> None:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from error
+        self.targets = targets
+        self.batch_ids: set[int] = set() if model is None else set(_batch_ids(model))
+        self.defaults: set[str] = set() if model is None or targets is not None else set(default_targets(model))
+        self._unmatched = {targets} if isinstance(targets, str) else set()
+        if isinstance(targets, Sequence) and not isinstance(targets, str):
+            self._unmatched = set(targets)
+
+    def takes(self, name: str, parameter: Tensor) -> bool:
+        """Say whether the targets name a parameter of two or more dimensions."""
+        targets = self.targets
+        if isinstance(targets, str):
+            matches = {targets} if re.search(targets, name) else set()
+        elif callable(targets):
+            return bool(targets(name, parameter))
+        else:
+            matches = {t for t in targets or () if _names(canonical_name(t), name)}
+        self._unmatched -= matches
+        return bool(matches)
+
+    def check_all_matched(self) -> None:
+        if self._unmatched:
+            raise ValueError(
+                f"targets: {sorted(self._unmatched)} match no parameter of two or more dimensions; "
+                "list the names with [name for name, _ in model.named_parameters()]"
+            )
+
+
+def _names(target: str, name: str) -> bool:
+    """Say whether a target is a parameter's name, its module's, or the end of either."""
+    return any(full == target or full.endswith(f".{target}") for full in (name, name.rpartition(".")[0]))
+
+
+def _split(group: dict[str, Any], low_rank: LowRank, chosen: _Choice) -> Iterator[ResolvedGroup]:
+    """Yield a group's low-rank part and its dense part, where they are not empty."""
+    options = dict(group)
+    says_rank = "rank" in options
+    settings = low_rank.merged_with(options)
+    parts: dict[bool, tuple[list[Tensor], list[Slot]]] = {True: ([], []), False: ([], [])}
+    for index, (name, parameter) in enumerate(options.pop("params")):
+        slot = Slot(name or f"param{index}", id(parameter) in chosen.batch_ids)
+        is_selected = _is_selected(slot, parameter, settings, chosen, says_rank=says_rank)
+        parameters, slots = parts[is_selected]
+        parameters.append(parameter)
+        slots.append(slot)
+    for is_selected, (parameters, slots) in parts.items():
+        if parameters:
+            rank, scale = (settings.rank, settings.scale) if is_selected else (0, 0.0)
+            factor_lr = settings.factor_lr if is_selected else 1.0
+            yield ResolvedGroup(
+                {**options, "params": parameters, "rank": rank, "scale": scale, "factor_lr": factor_lr}, slots
+            )
+
+
+def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: _Choice, *, says_rank: bool) -> bool:
+    if parameter.dim() < 2 or not parameter.is_floating_point():
+        return False
+    is_explicit = says_rank if chosen.targets is None else chosen.takes(slot.name, parameter)
+    is_default = chosen.targets is None and slot.name in chosen.defaults
+    if settings.rank == 0 or not (is_explicit or is_default):
+        return False
+    smaller = min(matrix_shape(parameter, is_batch=slot.is_batch)[-2:])
+    if not is_explicit:
+        return smaller > settings.rank
+    if not parameter.requires_grad:
+        raise ValueError(f"{slot.name} is named as low-rank but frozen: set requires_grad, or leave it out of targets")
+    if smaller <= settings.rank:
+        raise ValueError(
+            f"rank={settings.rank} is not below the smaller side {smaller} of {slot.name} {tuple(parameter.shape)}: "
+            "lower rank, or leave it out of targets"
+        )
+    return True
+
+
+def _raw_groups(params: Params) -> list[dict[str, Any]]:
+    """Return group dictionaries whose "params" are (name or None, parameter) pairs."""
+    if isinstance(params, nn.Module):
+        return [{"params": [(canonical_name(name), p) for name, p in params.named_parameters()]}]
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor: pass a module, an iterable of parameters, or group dictionaries")
+    items = list(params)
+    if not items:
+        raise ValueError("params is empty: there is nothing to optimize")
+    if all(isinstance(item, Mapping) for item in items):
+        return [{**item, "params": _pairs(item["params"])} for item in items]
+    return [{"params": _pairs(items)}]
+
+
+def _pairs(items: Any) -> list[tuple[str | None, Tensor]]:
+    pairs: list[tuple[str | None, Tensor]] = []
+    for item in [items] if isinstance(items, Tensor) else items:
+        name, parameter = item if isinstance(item, tuple) else (None, item)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"params holds a {type(parameter).__name__}: parameters or (name, parameter) pairs go there"
+            )
+        pairs.append((None if name is None else canonical_name(name), parameter))
+    return pairs
+
+
+def _check_selection(
+    resolved: list[ResolvedGroup], raw: list[dict[str, Any]], model: nn.Module | None, low_rank: LowRank
+) -> None:
+    """Refuse to train everything densely where a rank was asked for."""
+    targets = low_rank.targets
+    selects_nothing = isinstance(targets, Sequence) and len(targets) == 0
+    if low_rank.rank == 0 or selects_nothing or any(group.options["rank"] for group in resolved):
+        return
+    remedy = "pass rank=0 to train everything densely"
+    if model is None and targets is None:
+        if all("rank" in group for group in raw):
+            return
+        raise ValueError(
+            f"rank={low_rank.rank}, but parameters without their module tell no linear layer from an embedding: pass "
+            f"the model itself, or (name, parameter) pairs with targets=, or groups that set their own rank; or {remedy}"
+        )
+    largest = max((min(matrix_shape(p)) for group in raw for _, p in group["params"] if p.dim() >= 2), default=0)
+    if largest <= low_rank.rank:
+        raise ValueError(
+            f"rank={low_rank.rank} is not below the smaller side of any weight (the largest is {largest}): lower rank, "
+            f"or {remedy}"
+        )
+    raise ValueError(
+        f"rank={low_rank.rank}, targets={targets!r}: no weight is selected; name some with targets=, or {remedy}"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """Return what the model, or a model inside it, declares as its output embeddings."""
+    declared = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    heads = [get() for get in declared if callable(get)]
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def _batch_ids(model: nn.Module) -> Iterator[int]:
+    """Yield the ids of 3-D parameters that stack matrices: all but those of convolutions."""
+    for module in model.modules():
+        if not isinstance(module, _CONVOLUTIONS):
+            yield from (id(p) for p in module.parameters(recurse=False) if p.dim() == 3)

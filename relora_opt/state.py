@@ -1,0 +1,123 @@
+"""The layout of `optimizer.state` and of the clock in `param_groups`: what a checkpoint holds.
+
+    state[W] of a low-rank weight   {"A", "B", "A_state": {base's state of A}, "B_state": {...}, "master"?}
+    state[p] of any other           the base optimizer's own
+    every group                     rank, scale, factor_lr, num_updates, num_restarts, last_restart, relora_format
+
+Only tensors, numbers and dictionaries of them, so `torch.load(weights_only=True)` and torch.distributed.checkpoint read
+it. "master" is the float32 value of a 16-bit weight, to which updates too small for 16 bits add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factors import draw_a, draw_generator, factor_dtype, matrix_shape, move_, new_b
+from .select import Slot
+
+Entry = dict[str, Any]
+
+FORMAT = 1
+CLOCK = ("num_updates", "num_restarts", "last_restart")
+
+
+def new_clock() -> dict[str, int]:
+    """Return the counters of a run that has not begun, with the format's number."""
+    return {**dict.fromkeys(CLOCK, 0), "relora_format": FORMAT}
+
+
+def is_low_rank(entry: Entry | None) -> bool:
+    """Say whether a parameter's state holds factors."""
+    return entry is not None and "A" in entry
+
+
+def new_entry(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: int) -> Entry:
+    """Return the state of a weight at the start of its first cycle: A drawn, B = 0, nothing known of either."""
+    shape = matrix_shape(W, is_batch=slot.is_batch)
+    A = draw_a(shape, rank, init=init, generator=draw_generator(seed, slot.name, restart), like=W)
+    entry: Entry = {"A": nn.Parameter(A), "B": nn.Parameter(new_b(shape, rank, like=W)), "A_state": {}, "B_state": {}}
+    if factor_dtype(W.dtype) != W.dtype:
+        entry["master"] = W.detach().to(factor_dtype(W.dtype))
+    return entry
+
+
+def redraw_(entry: Entry, W: Tensor, slot: Slot, *, init: str, seed: int, restart: int) -> None:
+    """Start a weight's next cycle: A re-drawn and B zeroed in place, their gradients forgotten. W is not touched."""
+    shape, rank = matrix_shape(W, is_batch=slot.is_batch), entry["A"].shape[-2]
+    entry["A"].copy_(draw_a(shape, rank, init=init, generator=draw_generator(seed, slot.name, restart), like=W))
+    entry["B"].zero_()
+    entry["A"].grad = entry["B"].grad = None
+
+
+def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: float) -> None:
+    """Move W by what its factors have moved since `old` = (A, B); a 16-bit W by way of its master."""
+    new = entry["A"], entry["B"]
+    master = entry.get("master")
+    if master is None:
+        move_(W, old, new, scale)
+        return
+    is_current = getattr(master, "weight_version", None) == W._version
+    if not is_current and not torch.equal(master.to(W.dtype), W):
+        master.copy_(W)  # somebody wrote into W since (loaded weights, say): their value counts
+    move_(master, old, new, scale)
+    W.copy_(master)
+    master.weight_version = W._version
+
+
+def detached(entry: Entry) -> Entry:
+    """Return an entry for `state_dict`: the same memory, without the factors' autograd."""
+    return {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}
+
+
+def loaded(saved: Entry, live: Entry | None, device: torch.device) -> Entry:
+    """Return a low-rank entry with the saved values and dtypes; live factors stay the same objects."""
+    entry: Entry = _to_device(saved, device)
+    for key in ("A", "B"):
+        if live is not None and is_low_rank(live) and live[key].shape == saved[key].shape:
+            live[key].data.copy_(saved[key])
+            entry[key] = live[key]
+        else:
+            entry[key] = nn.Parameter(entry[key])
+    return entry
+
+
+def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_start: int) -> None:
+    """Refuse a state dictionary that would be misread.
+
+    Raises:
+        ValueError: for another optimizer's state, an unknown format, other ranks, or counters that disagree with the
+            state (past the switch without factors, or before it with them).
+    """
+    saved_groups = saved["param_groups"]
+    if any("relora_format" not in group for group in saved_groups):
+        raise ValueError("this state was not saved by ReLoRAOptimizer: load it into the base optimizer it came from")
+    formats = {group["relora_format"] for group in saved_groups} - {FORMAT}
+    if formats:
+        raise ValueError(
+            f"relora_format={formats.pop()} is not known here ({FORMAT} is): use the version that saved it"
+        )
+    ranks, own = [group["rank"] for group in saved_groups], [group["rank"] for group in groups]
+    if ranks != own:
+        raise ValueError(f"the saved state has rank {ranks} by group and this optimizer {own}: construct it alike")
+    num_updates = saved_groups[0]["num_updates"]
+    is_past = num_updates >= warm_start
+    for group in saved_groups:
+        entries = [saved["state"].get(index) for index in group["params"]] if group["rank"] else []
+        if any(is_low_rank(entry) != is_past for entry in entries if entry is not None or num_updates > 0):
+            where = "past the switch but has no factors" if is_past else "before the switch but has factors"
+            raise ValueError(
+                f"the saved state is {where}: num_updates={num_updates} with warm_start={warm_start}; use the schedule "
+                "it was saved with, and restore the clock first (set_clock) where a template of the state is needed"
+            )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Copy a nested state, keeping every dtype. A scalar counter stays where the base put it."""
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.dim() == 0 else value.detach().to(device, copy=True)
+    return value

@@ -1,0 +1,217 @@
+"""The weight that a model's forward pass sees: W in value, s B A in gradient.
+
+A `LowRankWeight` holds the effective weight W (out, in) together with its factors B (out, r) and A (r, in) and the
+scale s. An operation on it returns what the same operation on W returns, bitwise. Its gradient goes to the factors:
+
+    dA = s B^T G,   dB = s G A^T,   G = dL/dW.
+
+Products `x W^T`, however they are spelled, never form G: dB = s g^T (x A^T), dA = s (g B)^T x, with g = dL/dy. Any
+other operation goes through the universal function, which is W forward and projects the dense G backward; no
+operation ever sees the bare tensor, because it would drop the factors' gradients in silence.
+
+This file does not know optimizers, modules or schedules. Source: Lialin et al. 2023, arXiv 2307.05695, eq. (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class LowRankWeight(Tensor):
+    """A view of W (out, in), or (batch, out, in), or n-D read as (out, rest), whose gradient reaches A and B."""
+
+    dense: Tensor
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @classmethod
+    def wrap(cls, W: Tensor, A: Tensor, B: Tensor, scale: float) -> LowRankWeight:
+        """Return W carrying its factors. W itself gets no gradient.
+
+        Args:
+            W: effective weight, (m, n), (batch, m, n) or n-D with A and B of its (m, rest) matrix.
+            A: (r, n) or (batch, r, n).
+            B: (m, r) or (batch, m, r).
+            scale: s = alpha / r.
+        """
+        weight = W.detach().as_subclass(cls)
+        weight.dense, weight.A, weight.B, weight.scale = W.detach(), A, B, scale
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _TRANSPOSES and _is_matrix_transpose(func, args, kwargs):
+            weight = args[0]
+            return cls.wrap(weight.dense.t(), weight.B.t(), weight.A.t(), weight.scale)
+        product = _as_linear(func, args, kwargs)
+        if product is not None:
+            return _linear(*product)
+        args, kwargs = pytree.tree_map_only(LowRankWeight, _universal, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def project(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (dA, dB) = (s B^T G, s G A^T) for a dense gradient G of W, in the shapes of A and B.
+
+    G has W's shape; it is read as a matrix (m, n), or as a batch of matrices where A and B are batches.
+    """
+    G = G.to(A.dtype).reshape(*B.shape[:-1], A.shape[-1])
+    return (B.mT @ G) * scale, (G @ A.mT) * scale
+
+
+class _Projected(torch.autograd.Function):
+    """The universal function: W forward, the projection of the dense gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(A, B)
+        ctx.scale = scale
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor, None]:  # type: ignore[override]
+        A, B = ctx.saved_tensors
+        dA, dB = project(G, A, B, ctx.scale)
+        return None, dA, dB, None
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """y = x W^T + bias forward; backward gives dx, dA, dB and dbias, and never g^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.scale = scale
+        return F.linear(x, W, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, W, A, B = ctx.saved_tensors
+        dx = dbias = None
+        rows, x_rows = g.reshape(-1, W.shape[0]), x.reshape(-1, W.shape[1])
+        if ctx.needs_input_grad[0]:
+            # A gradient of the gradient must reach the factors through W too.
+            dx = g @ (_projected(W, A, B, ctx.scale) if torch.is_grad_enabled() else W)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        dA = ((rows @ B).mT @ x_rows) * ctx.scale
+        dB = (rows.mT @ (x_rows @ A.mT)) * ctx.scale
+        return dx, None, dbias, dA, dB, None
+
+
+class _Product(NamedTuple):
+    """The operands of x W^T + bias."""
+
+    x: Tensor
+    weight: LowRankWeight
+    bias: Tensor | None
+
+
+def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
+    x, bias = pytree.tree_map_only(LowRankWeight, _universal, (x, bias))
+    dtype = _compute_dtype(weight.dense)
+    x = x.to(dtype) if torch.is_autocast_enabled(weight.dense.device.type) else x
+    bias = bias if bias is None else bias.to(dtype)
+    A, B = weight.A.to(dtype), weight.B.to(dtype)
+    y: Tensor = _LowRankLinear.apply(x, weight.dense.to(dtype), bias, A, B, weight.scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _universal(weight: LowRankWeight) -> Tensor:
+    return _projected(weight.dense, weight.A, weight.B, weight.scale)
+
+
+def _projected(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    value: Tensor = _Projected.apply(W, A, B, scale)  # type: ignore[no-untyped-call]
+    return value
+
+
+def _compute_dtype(W: Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a product with W; W's own outside autocast."""
+    device = W.device.type
+    if torch.is_autocast_enabled(device) and W.dtype != torch.float64:  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(device)
+    return W.dtype
+
+
+def _as_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Product | None:
+    """Read a call as x W^T + bias with a low-rank matrix W, or return None."""
+    x: Any = None
+    weight: Any = None
+    bias: Any = None
+    if func is F.linear:
+        x, weight, bias = _positional(args, kwargs, ("input", "weight", "bias"))
+    elif func in _MATMULS:
+        x, weight = _positional(args, kwargs, ("input", "mat2" if func in _MMS else "other"))
+        weight = _transposed(weight)
+    elif func in _ADDMMS and not kwargs:
+        bias, x, weight = args if len(args) == 3 else (None, None, None)
+        weight = _transposed(weight)
+        if not isinstance(bias, Tensor) or bias.dim() != 1:
+            return None
+    if not (isinstance(weight, LowRankWeight) and isinstance(x, Tensor)) or weight.dense.dim() != 2 or x.dim() < 1:
+        return None
+    return _Product(x, weight, bias)
+
+
+def _positional(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return the named arguments in order; nothing at all where the call has others (an `out=`, say)."""
+    if len(args) > len(names) or not set(kwargs) <= set(names):
+        return (None,) * len(names)
+    return (*args, *(kwargs.get(name) for name in names[len(args) :]))
+
+
+def _transposed(weight: Any) -> Any:
+    return weight.t() if isinstance(weight, LowRankWeight) and weight.dense.dim() == 2 else None
+
+
+def _is_matrix_transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    weight = args[0]
+    if not isinstance(weight, LowRankWeight) or weight.dense.dim() != 2 or kwargs:
+        return False
+    return len(args) == 1 or tuple(sorted(dim % 2 for dim in args[1:])) == (0, 1)
+
+
+_MMS = (torch.mm, Tensor.mm)
+_MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_ADDMMS = (torch.addmm, Tensor.addmm)
+_TRANSPOSES = (
+    torch.t,
+    Tensor.t,
+    torch.transpose,
+    Tensor.transpose,
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
+)
+_METADATA = (
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.stride,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+)
