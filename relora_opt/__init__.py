@@ -8,7 +8,7 @@ from .export import save_merged
 from .metrics import Memory, memory
 from .optimizer import ReLoRAOptimizer
 from .schedule import JaggedSchedule, constant, cosine, linear, wsd
-from .select import default_targets
+from .select import default_targets, target_names
 from .step import FunctionalModel, Step
 from .weight import LowRankWeight
 
@@ -28,5 +28,6 @@ __all__ = [
     "memory",
     "prune",
     "save_merged",
+    "target_names",
     "wsd",
 ]

@@ -98,6 +98,21 @@ def default_targets(model: nn.Module) -> list[str]:
     return names
 
 
+def target_names(model: nn.Module, targets: Targets = None) -> list[str]:
+    """Return the names of the weights that `targets` name, whatever the rank; by default `default_targets(model)`.
+
+    Raises:
+        ValueError: where a target matches no parameter of two or more dimensions.
+    """
+    if targets is None:
+        return default_targets(model)
+    chosen = _Choice(model, targets)
+    named = ((canonical_name(name), p) for name, p in model.named_parameters())
+    names = [name for name, p in named if p.dim() >= 2 and chosen.takes(name, p)]
+    chosen.check_all_matched()
+    return names
+
+
 def canonical_name(name: str) -> str:
     """Return a parameter's name without what torch.compile, DDP and activation checkpointing put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
@@ -245,7 +260,7 @@ def _check_selection(
             return
         raise ValueError(
             f"rank={low_rank.rank}, but parameters without their module tell no linear layer from an embedding: pass "
-            f"the model itself, or (name, parameter) pairs with targets=, or groups that set their own rank; or {remedy}"
+            f"the model itself, or (name, parameter) pairs with targets=, or groups with their own rank; or {remedy}"
         )
     largest = max((min(matrix_shape(p)) for group in raw for _, p in group["params"] if p.dim() >= 2), default=0)
     if largest <= low_rank.rank:

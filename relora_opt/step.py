@@ -14,7 +14,7 @@ function drops custom backwards in silence (pytorch#193279).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class FunctionalModel(nn.Module):
         super().__init__()
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
         self._selected: dict[str, tuple[Tensor, float]] = {}
-        self._reentry: _Reentry | None = None
+        self._reentry = _Reentry(model)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = dict(model.named_parameters())
         if not known & {id(p) for p in parameters.values()}:
@@ -68,12 +68,10 @@ class FunctionalModel(nn.Module):
         if torch.compiler.is_compiling():
             return functional_call(model, weights, args, kwargs)
         _refuse_stale_ddp(self)
-        if self._reentry is not None:
-            self._reentry.leave()
+        self._reentry.leave()
         output = functional_call(model, weights, args, kwargs)
         if torch.is_grad_enabled():
-            self._reentry = _Reentry(model, weights)
-            self._reentry.watch(output)
+            self._reentry.watch(output, weights)
         return output
 
     def train(self, mode: bool = True) -> FunctionalModel:
@@ -203,16 +201,18 @@ class _WithBackward(nn.Module):
 
 
 class _Reentry:
-    """Swaps the low-rank weights in again while the backward pass runs."""
+    """Swaps the low-rank weights in again while a backward pass runs, once for all forwards that it goes through."""
 
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        self._model, self._weights = model, weights
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._weights: dict[str, Tensor] = {}
         self._swap: AbstractContextManager[None] | None = None
 
-    def watch(self, output: Any) -> None:
-        """Enter when the first gradient reaches a tensor of `output`."""
-        for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+    def watch(self, output: Any, weights: dict[str, Tensor]) -> None:
+        """Enter with these weights when the first gradient reaches a tensor of `output`."""
+        self._weights = weights
+        for tensor in _tensors(output, set()):
+            if tensor.requires_grad:
                 tensor.register_hook(self._enter)  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
@@ -227,6 +227,16 @@ class _Reentry:
             self._swap = stateless._reparametrize_module(self._model, dict(self._weights), tie_weights=True)
             self._swap.__enter__()
             torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+
+def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of an output: of containers that torch knows, and of the attributes of any other object."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _tensors(list(vars(leaf).values()), seen)
 
 
 def _refuse_stale_ddp(module: FunctionalModel) -> None:

@@ -1,0 +1,165 @@
+"""The command `relora-opt`: pretrain, export, generate, plot, spectrum.
+
+What is heavy (torch, datasets, matplotlib) is imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.console import Console
+
+from .config import FIELDS, Config, UserError, load_config_file, resolve
+
+app = typer.Typer(
+    name="relora-opt",
+    help="Train language models by low-rank updates (ReLoRA), and export their merged weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with one sentence and status 2."""
+    try:
+        app(args=_spread_data(sys.argv[1:]))
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"relora-opt: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def pretrain(**options: Any) -> None:
+    """Pretrain a language model: full-rank warm start, then low-rank cycles with restarts.
+
+    With no argument: a small Llama on the State of the Union messages, in a few minutes on a laptop's CPU.
+    """
+    resume, config_file = options.pop("resume"), options.pop("config")
+    given = {name: value for name, value in options.items() if value not in (None, [], ())}
+    if resume is not None:
+        if given or config_file is not None:
+            raise UserError(f"resume={resume!r} goes alone: the settings come from the run")
+        from .train import resume_run
+
+        resume_run(Path(resume))
+        return
+    config = resolve({**(load_config_file(config_file) if config_file else {}), **given})
+    from .train import start_run
+
+    start_run(config)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: float32)")] = None,
+) -> None:
+    """Write a run's newest weights as a folder that transformers loads."""
+    from .export import export_run
+
+    folder = export_run(run, out, dtype=dtype)
+    typer.echo(f"exported to {folder}; next: relora-opt generate {folder} --prompt 'The state of the union is'")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of an export, or of a run that has one.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 means all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Write a text with a trained model."""
+    from .generate import generate as pieces
+
+    for piece in pieces(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, device=device
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of one run, or of several to compare.")],
+    out: Annotated[Path | None, typer.Option(help="The picture. (default: curves.png in the run)")] = None,
+) -> None:
+    """Draw loss and learning rate of a run, or the validation losses of several."""
+    from .plot import plot_runs
+
+    typer.echo(f"drawn: {plot_runs(runs, out)}")
+
+
+@app.command()
+def spectrum(
+    before: Annotated[Path, typer.Argument(help="Weights before: a folder or a .safetensors file.")],
+    after: Annotated[Path, typer.Argument(help="Weights after.")],
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("spectrum.png"),
+) -> None:
+    """Show the singular values of a weight change, by kind of layer."""
+    from .spectrum import plot_spectrum, print_spectrum
+    from .spectrum import spectrum as spectra
+
+    rows = spectra(before, after)
+    print_spectrum(rows, console=Console())
+    typer.echo(f"drawn: {plot_spectrum(rows, out)}")
+
+
+def _spread_data(arguments: list[str]) -> list[str]:
+    """Let `--data A B C` mean `--data A --data B --data C`: pretrain takes no positional argument."""
+    if arguments[:1] != ["pretrain"]:
+        return arguments
+    spread: list[str] = []
+    is_data = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            is_data = argument == "--data"
+        elif is_data and spread[-1] != "--data":
+            spread.append("--data")
+        spread.append(argument)
+    return spread
+
+
+def _declare_options() -> None:
+    """Give `pretrain` a flag for every option of `Config`, and its two own."""
+    kinds = get_type_hints(Config)
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, kinds[name]))
+        for name in FIELDS
+    ]
+    own = {
+        "config": "A TOML file with these names as keys; flags win.",
+        "resume": "Folder of a run to go on with; settings come from it.",
+    }
+    for name, text in own.items():
+        annotation = Annotated[str | None, typer.Option(help=text, rich_help_panel="Run", show_default=False)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    pretrain.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    pretrain.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name="pretrain")(pretrain)
+
+
+def _flag(name: str, kind: Any) -> Any:
+    """Return what typer needs to make an option of a field: not given means None."""
+    metadata = FIELDS[name].metadata
+    option = typer.Option(help=metadata["help"], rich_help_panel=metadata["panel"], show_default=False)
+    kind = next((part for part in get_args(kind) if part is not type(None)), kind) if _is_optional(kind) else kind
+    if kind == tuple[str, ...]:
+        return Annotated[list[str] | None, option]
+    return Annotated[kind | None, option]
+
+
+def _is_optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+_declare_options()

@@ -1,0 +1,161 @@
+"""Checkpoints that resume exactly: weights, optimizer and progress of one moment, in one folder.
+
+    checkpoints/00000120/model.safetensors   the effective weights
+                         optimizer.pt        ReLoRAOptimizer.state_dict(): factors, moments, clock
+                         progress.json       where the loop was
+
+A checkpoint is written beside its place, flushed to the disk and renamed, so that a folder with that name is complete; the
+latest one is the one with the highest number. Older ones are deleted only after the newer stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from relora_opt import ReLoRAOptimizer, save_merged
+from torch import nn
+
+from .config import UserError
+from .model import load_weights
+
+FORMAT = 1
+_FOLDER = "checkpoints"
+_WEIGHTS, _OPTIMIZER, _PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training loop is.
+
+    Args:
+        update: updates applied.
+        attempts: batches served; more than updates where one was skipped.
+        seconds: time spent training.
+        val_loss_start: validation loss before training, nats per token.
+        val_loss_switch: the same after the warm start; None before it or without one.
+        val_loss: the latest.
+        is_finished: whether the run has reached its end.
+    """
+
+    update: int
+    attempts: int
+    seconds: float
+    val_loss_start: float | None = None
+    val_loss_switch: float | None = None
+    val_loss: float | None = None
+    is_finished: bool = False
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint and delete all but the newest `keep`.
+
+    Raises:
+        UserError: where the disk refuses (full, read-only); the checkpoints that were there stay.
+    """
+    folder = run / _FOLDER / f"{progress.update:08d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_merged(model, partial / _WEIGHTS, max_shard_size="1000000GB")
+        torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
+        (partial / _PROGRESS).write_text(json.dumps({"format": FORMAT, **asdict(progress)}) + "\n")
+        _flush(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        _flush_folder(folder.parent)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.save and safetensors raise RuntimeErrors of their own on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
+        ) from error
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return a run's complete checkpoints, oldest first."""
+    folder = run / _FOLDER
+    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """Return a run's newest checkpoint.
+
+    Raises:
+        UserError: where there is none.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise UserError(
+            f"{str(run)!r} holds no checkpoint to resume or export: give the folder of a run that has saved one"
+        )
+    return found[-1]
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read where the loop was.
+
+    Raises:
+        UserError: for a damaged file or another format.
+    """
+    path = checkpoint / _PROGRESS
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        version = content.pop("format")
+        if version != FORMAT:
+            raise UserError(
+                f"{path} has format {version} and not {FORMAT}: use the version of relora-opt that wrote it"
+            )
+        return Progress(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is damaged ({error}): delete the folder {checkpoint} to go on from an earlier one"
+        ) from error
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: ReLoRAOptimizer | None = None) -> Progress:
+    """Load weights, and the optimizer where one is given, in place.
+
+    Raises:
+        UserError: for damaged files or a state that does not fit.
+    """
+    progress = read_progress(checkpoint)
+    load_weights(model, checkpoint)
+    if optimizer is not None:
+        path = checkpoint / _OPTIMIZER
+        try:
+            optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # a damaged file raises whatever its bytes suggest
+            raise UserError(
+                f"{path} cannot be loaded: {error}; delete {checkpoint} to go on from an earlier one"
+            ) from error
+    return progress
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

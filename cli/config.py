@@ -1,0 +1,329 @@
+"""What a run is told: one flat list of options, from flags, a TOML file, a preset and what follows from the others.
+
+`Config` declares every option once: its name, type and help make the flag `--restart-every`, the key `restart_every` of
+`--config FILE.toml`, and the line of the run folder's config.toml. Options that are not given are None in the raw
+dictionaries; `resolve` fills them, flags before file before preset, and checks the whole before any work is done.
+
+This file imports neither torch nor the library, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Options = dict[str, Any]
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence with the value and the remedy. The command ends with status 2."""
+
+
+def _option(help: str, *, panel: str) -> Any:
+    return field(metadata={"help": help, "panel": panel})
+
+
+_DATA, _MODEL, _LENGTH, _RATES = "Data", "Model", "Length and batch", "Base optimizer and rates"
+_LOW_RANK, _MACHINE, _RUN = "Low rank", "Machine", "Run"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, resolved. Lengths are in updates, unless a name says otherwise."""
+
+    data: tuple[str, ...] = _option(
+        "Texts: .txt (a document a file), .jsonl, folders, or a name for the datasets library. "
+        "(default: State of the Union messages)",
+        panel=_DATA,
+    )
+    text_field: str = _option("Key of the text in .jsonl lines and datasets. (default: text)", panel=_DATA)
+    tokenizer: str | None = _option("A tokenizer.json to use instead of training one.", panel=_DATA)
+    vocab_size: int | None = _option("Tokens of the vocabulary to train. (default: by preset)", panel=_DATA)
+    seq_len: int = _option("Tokens in a sequence. (default: by preset)", panel=_DATA)
+
+    preset: str | None = _option("Size by name: 5m, 60m, 130m, 250m, 350m or 1.3b. (default: 5m)", panel=_MODEL)
+    model: str | None = _option("A Llama's config.json, instead of a preset.", panel=_MODEL)
+    init_from: str | None = _option("A folder with weights to go on from: an export, or any Llama's.", panel=_MODEL)
+
+    steps: int = _option("Updates to train for. (default: by preset)", panel=_LENGTH)
+    tokens: int | None = _option("Tokens to train on, instead of --steps.", panel=_LENGTH)
+    batch_size: int = _option("Sequences in an update. (default: by preset)", panel=_LENGTH)
+    micro_batch_size: int = _option("Sequences in one pass. (default: the batch size)", panel=_LENGTH)
+
+    base: str = _option("Base optimizer: adamw, sgd or muon. (default: adamw)", panel=_RATES)
+    lr: float = _option("Learning rate of the selected weights. (default: by preset)", panel=_RATES)
+    rest_lr: float = _option("Learning rate of embeddings, head and norms. (default: by preset, or lr)", panel=_RATES)
+    outer: str = _option("Schedule: cosine, linear, wsd or constant. (default: cosine)", panel=_RATES)
+    warmup: int = _option("Updates of linear warm-up. (default: a twentieth of the run)", panel=_RATES)
+    min_ratio: float = _option("The schedule's end, as a share of its peak. (default: 0.1)", panel=_RATES)
+    weight_decay: float = _option("Weight decay of the base optimizer. (default: 0)", panel=_RATES)
+    betas: tuple[float, float] = _option(
+        "Betas of Adam; SGD's momentum is the first. (default: 0.9 0.95)", panel=_RATES
+    )
+    max_grad_norm: float = _option("Largest gradient norm; inf does not clip. (default: 1)", panel=_RATES)
+
+    rank: int = _option("Rank of the factors; 0 trains at full rank. (default: by preset)", panel=_LOW_RANK)
+    alpha: float | None = _option("Scale alpha / rank. (default: the rank)", panel=_LOW_RANK)
+    targets: str | None = _option(
+        "Low-rank weights, a regular expression. (default: linear layers but the head)", panel=_LOW_RANK
+    )
+    factor_lr: float = _option("Multiplies the rate for factors. (default: by preset, or 1)", panel=_LOW_RANK)
+    init: str = _option("How A is drawn: kaiming or orthogonal. (default: kaiming)", panel=_LOW_RANK)
+    warm_start: int = _option(
+        "Full-rank updates before the first cycle. (default: a fifth of the run)", panel=_LOW_RANK
+    )
+    restart_every: int = _option("Updates in a cycle; 0 is plain LoRA. (default: a fifth of the run)", panel=_LOW_RANK)
+    restart_warmup: int = _option("Updates of the ramp after a restart. (default: a tenth of a cycle)", panel=_LOW_RANK)
+    prune: str = _option(
+        "State at a restart: reset, keep, magnitude:0.9 or random:0.99. (default: reset)", panel=_LOW_RANK
+    )
+
+    dtype: str = _option("Matrix products in auto, float32 or bfloat16. (default: auto)", panel=_MACHINE)
+    compile: bool = _option("Compile the step. (default: with an accelerator)", panel=_MACHINE)
+    device: str = _option("auto, cpu, cuda, ... (default: auto)", panel=_MACHINE)
+    threads: int | None = _option("CPU threads. (default: torch's choice)", panel=_MACHINE)
+
+    out: str = _option("Folder of the run. (default: runs/ and the time)", panel=_RUN)
+    eval_every: int = _option("Updates between evaluations. (default: a tenth of the run)", panel=_RUN)
+    save_every: int = _option("Updates between checkpoints. (default: a fifth of the run)", panel=_RUN)
+    keep: int = _option("Checkpoints to keep. (default: 2)", panel=_RUN)
+    seed: int = _option("Of the weights, the order of the data and the draws. (default: 0)", panel=_RUN)
+
+
+FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+
+_GENERAL: Options = {
+    "data": (),
+    "text_field": "text",
+    "seq_len": 256,
+    "batch_size": 8,
+    "base": "adamw",
+    "outer": "cosine",
+    "min_ratio": 0.1,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+    "max_grad_norm": 1.0,
+    "init": "kaiming",
+    "factor_lr": 1.0,
+    "prune": "reset",
+    "dtype": "auto",
+    "device": "auto",
+    "keep": 2,
+    "seed": 0,
+}
+_SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 4e-3, "rank": 64, "factor_lr": 4.0}
+_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "lr": 1e-3, "factor_lr": 2.0, "batch_size": 64}
+PRESETS: dict[str, Options] = {
+    "5m": {**_SMALL, "vocab_size": 4096},
+    "60m": {**_PAPER, "steps": 20_000},
+    "130m": {**_PAPER, "steps": 20_000},
+    "250m": {**_PAPER, "steps": 20_000},
+    "350m": {**_PAPER, "steps": 20_000},
+    "1.3b": {**_PAPER, "steps": 20_000},
+}
+DEFAULT_PRESET = "5m"
+
+CHOICES = {
+    "base": ("adamw", "sgd", "muon"),
+    "outer": ("cosine", "linear", "wsd", "constant"),
+    "init": ("kaiming", "orthogonal"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+_POSITIVE_COUNTS = ("seq_len", "steps", "batch_size", "micro_batch_size", "eval_every", "save_every", "keep")
+_COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
+_RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
+
+
+def resolve(options: Options) -> Config:
+    """Fill what is not given and check the whole.
+
+    Args:
+        options: values by the names of `Config`; None means not given.
+
+    Raises:
+        UserError: for an unknown name, a value of the wrong kind, or values that do not go together.
+    """
+    _check_names(options, "options")
+    given = {name: _typed(name, value) for name, value in options.items() if value is not None}
+    if sum(name in given for name in ("preset", "model", "init_from")) > 1:
+        raise UserError("preset, model and init_from each say what the model is: give one of them")
+    if "model" not in given and "init_from" not in given:
+        given.setdefault("preset", DEFAULT_PRESET)
+    filled = {**dict.fromkeys(FIELDS), **_GENERAL, **_preset_options(given.get("preset")), **given}
+    if "lr" in given and "rest_lr" not in given:
+        filled["rest_lr"] = filled["lr"]
+    config = Config(**_follow(filled, given))
+    _check(config)
+    return config
+
+
+def load_config_file(path: str | Path) -> Options:
+    """Read a flat TOML file of options.
+
+    Raises:
+        UserError: for a missing file, bad TOML, or a key that is no option.
+    """
+    try:
+        with open(path, "rb") as file:
+            options = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"config={str(path)!r} cannot be read: {error.strerror}; give a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config={str(path)!r} is not TOML: {error}") from error
+    _check_names(options, str(path))
+    return options
+
+
+def to_toml(config: Config) -> str:
+    """Return a resolved configuration as TOML: what `load_config_file` and `resolve` read back as the same."""
+    lines = []
+    for name in FIELDS:
+        value = getattr(config, name)
+        if value is not None and name != "tokens":  # steps say it already
+            lines.append(f"{name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _preset_options(preset: str | None) -> Options:
+    if preset is None:
+        return {"lr": 1e-3, "rank": 128, "steps": 1000}
+    if preset not in PRESETS:
+        raise UserError(f"preset={preset!r} is not known: choose one of {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def _follow(filled: Options, given: Options) -> Options:
+    """Derive what follows from other options: lengths are shares of the run or of the cycle."""
+    if "steps" in given and "tokens" in given:
+        raise UserError(f"steps={filled['steps']} and tokens={filled['tokens']} both say how long to train: give one")
+    if filled["tokens"] is not None:
+        per_update = filled["batch_size"] * filled["seq_len"]
+        if filled["tokens"] < per_update:
+            raise UserError(f"tokens={filled['tokens']} is less than one update's {per_update}: give more")
+        filled["steps"] = filled["tokens"] // max(1, per_update)
+    steps = filled["steps"]
+
+    def default(name: str, value: Any) -> None:
+        if filled[name] is None:
+            filled[name] = value
+
+    default("warmup", steps // 20)
+    default("warm_start", steps // 5)
+    default("restart_every", steps // 5)
+    default("restart_warmup", filled["restart_every"] // 10)
+    default("eval_every", max(1, steps // 10))
+    default("save_every", max(1, steps // 5))
+    default("micro_batch_size", filled["batch_size"])
+    default("rest_lr", filled["lr"])
+    default("compile", filled["device"].startswith("cuda"))
+    default("out", "")
+    return filled
+
+
+def _check(config: Config) -> None:
+    for name in _POSITIVE_COUNTS:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be a whole number of at least 1")
+    for name in _COUNTS:
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)} must be a whole number, 0 or more")
+    for name in _RATES_FINITE:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name}={value} must be a finite number, 0 or more")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"{name}={getattr(config, name)!r} is not known: choose one of {', '.join(choices)}")
+    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
+        raise UserError(f"alpha={config.alpha} must be a positive number: the scale is alpha / rank")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
+    if not 0 <= config.min_ratio <= 1:
+        raise UserError(f"min_ratio={config.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
+    if not config.max_grad_norm > 0:
+        raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
+    if config.warmup > config.steps:
+        raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: shorten it")
+    if 0 < config.restart_every < config.restart_warmup:
+        raise UserError(
+            f"restart_warmup={config.restart_warmup} is longer than restart_every={config.restart_every}: "
+            "the rate would never recover; shorten the ramp"
+        )
+    if config.batch_size % config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} must divide batch_size={config.batch_size}, so that every "
+            "update sees as many sequences"
+        )
+    if config.threads is not None and config.threads < 1:
+        raise UserError(f"threads={config.threads} must be a whole number of at least 1")
+    if config.vocab_size is not None and config.vocab_size < 257:
+        raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
+    parse_prune(config.prune)
+
+
+def parse_prune(text: str) -> tuple[str, float | None]:
+    """Read "reset", "keep", "magnitude:0.9" or "random:0.99" as (name, ratio)."""
+    name, _, ratio = text.partition(":")
+    if name in ("reset", "keep") and not ratio:
+        return name, None
+    try:
+        share = float(ratio)
+    except ValueError:
+        share = math.nan
+    if name in ("magnitude", "random") and 0 <= share <= 1:
+        return name, share
+    raise UserError(f"prune={text!r} is not known: reset, keep, magnitude:0.9 or random:0.99, with a share of 0 to 1")
+
+
+def _check_names(options: Options, where: str) -> None:
+    for name in options:
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
+            raise UserError(f"{where}: {name!r} is not an option; {hint}")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return an option's value in its type; a TOML file may hold any."""
+    kind = str(FIELDS[name].type).removesuffix(" | None")
+    if kind.startswith("tuple"):
+        items = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
+        size, item_kind = (2, float) if kind == "tuple[float, float]" else (None, str)
+        if items is not None and (size is None or len(items) == size):
+            numbers = item_kind is float and all(_is_number(item) for item in items)
+            if numbers or (item_kind is str and all(isinstance(item, str) for item in items)):
+                return tuple(item_kind(item) for item in items)
+    elif kind == "float" and _is_number(value):
+        return float(value)
+    elif (kind == "bool") == isinstance(value, bool) and isinstance(value, {"int": int, "bool": bool}.get(kind, str)):
+        return value
+    raise UserError(f"{name}={value!r} is of the wrong kind: it must be {kind}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\"}
+    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in text) + '"'

@@ -1,0 +1,81 @@
+"""An export: a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
+
+config.json, generation_config.json, model.safetensors (or shards), tokenizer.json, tokenizer_config.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from relora_opt import save_merged
+from tokenizers import Tokenizer
+
+from .checkpoint import latest_checkpoint, load_checkpoint
+from .config import UserError
+from .model import Llama, load_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER, MODEL_CONFIG = "tokenizer.json", "config.json"
+
+
+def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
+    """Export a run's newest checkpoint.
+
+    Args:
+        run: the run folder. out: a folder that is new or empty.
+        dtype: "float32", "bfloat16" or "float16"; None keeps float32.
+
+    Raises:
+        UserError: where the run has no checkpoint, `out` is in use, or `dtype` is not known.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    checkpoint = latest_checkpoint(run)
+    model = Llama(load_config(run / MODEL_CONFIG))
+    load_checkpoint(checkpoint, model)
+    return write_export(model, Tokenizer.from_file(str(run / TOKENIZER)), out, dtype=dtype)
+
+
+def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | None = None) -> Path:
+    """Write a model and its tokenizer to a folder, whole or not at all.
+
+    Raises:
+        UserError: where the folder holds something already, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={str(out)!r} is in use: give a folder that is new or empty")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        name = dtype or "float32"
+        for file, content in _json_files(model, tokenizer, name).items():
+            (partial / file).write_text(json.dumps(content, indent=2) + "\n")
+        save_merged(model, partial / "model.safetensors", DTYPES[name])
+        tokenizer.save(str(partial / TOKENIZER))
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"out={str(out)!r} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _json_files(model: Llama, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
+    config = model.config.to_dict(dtype)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    end = ids.get("eos_token_id")
+    end = end[0] if isinstance(end, list) else end
+    special = {} if end is None else {"eos_token": tokenizer.id_to_token(end)}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    return {MODEL_CONFIG: config, "generation_config.json": ids, "tokenizer_config.json": tokenizer_config}

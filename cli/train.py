@@ -1,0 +1,456 @@
+"""The training loop: what a configuration says, from text to an exported model.
+
+    prepare   texts, tokenizer, model, optimizer, step
+    loop      update, and where due: evaluate, write metrics, save a checkpoint
+    close     export, picture, closing table
+
+A run can be stopped at any moment (Ctrl-C saves first) and goes on from its newest checkpoint exactly: batches are a
+function of how many were served, and everything else is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, memory, prune, target_names, wsd
+
+from .bases import MATRICES, base_optimizer
+from .checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from .config import Config, UserError, load_config_file, parse_prune, resolve, to_toml
+from .data import Batches, Corpus, load_tokenizer, prepare
+from .export import MODEL_CONFIG, TOKENIZER, write_export
+from .model import PRESETS, Llama, LlamaConfig, init_weights, load_config, load_weights
+from .plot import plot_runs
+from .report import Phase, Row, Summary, View, print_summary, truncate_metrics
+
+_METRICS, _CONFIG = "metrics.jsonl", "config.toml"
+_EVAL_SEQUENCES = 256  # evenly spread over the held-out documents
+_SKIPS_TO_STOP = 20
+_OUTER = {"cosine": cosine, "linear": linear, "wsd": wsd}
+_PRUNE = {"reset": prune.reset, "keep": prune.keep, "magnitude": prune.magnitude, "random": prune.random}
+
+
+@dataclass
+class Run:
+    """A run in the making: what the loop works on."""
+
+    config: Config
+    folder: Path
+    console: Console
+    corpus: Corpus
+    model: Llama
+    optimizer: ReLoRAOptimizer
+    progress: Progress
+
+
+def start_run(config: Config) -> None:
+    """Train from the beginning, or from `init_from`, in a new folder."""
+    console = Console()
+    config = replace(config, out=config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(config.out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out={config.out!r} is in use: give a new folder, or go on with --resume {config.out}")
+    _set_threads(config)
+    shape = _model_config(config)
+    with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
+        make_optimizer(Llama(shape), config)
+    run = _prepare(config, folder, shape, console)
+    if config.init_from:
+        load_weights(run.model, config.init_from)
+    else:
+        init_weights(run.model, seed=config.seed)
+    _write_folder(run)
+    train(run)
+
+
+def resume_run(folder: Path) -> None:
+    """Go on with a run from its newest checkpoint; a finished one is left alone."""
+    console = Console()
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {_CONFIG} in it")
+    config = replace(resolve(load_config_file(folder / _CONFIG)), out=str(folder))
+    checkpoint = latest_checkpoint(folder)
+    if read_progress(checkpoint).is_finished:
+        console.print(f"{folder} is finished: {config.steps} updates; nothing to resume", markup=False, highlight=False)
+        return
+    _set_threads(config)
+    run = _prepare(config, folder, load_config(folder / MODEL_CONFIG), console)
+    run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
+    truncate_metrics(folder / _METRICS, after_update=run.progress.update)
+    console.print(f"resuming {folder} after update {run.progress.update}", markup=False, highlight=False)
+    train(run)
+
+
+def train(run: Run) -> None:
+    """Train to the end of the run, and close it."""
+    config, optimizer = run.config, run.optimizer
+    with View(config.steps, console=run.console) as view, _Interrupts() as interrupts, _metrics_file(run) as metrics:
+        loop = _Loop(run, view, metrics)
+        if run.progress.update == 0:
+            loop.evaluate()
+        while optimizer.num_updates < config.steps:
+            loop.attempt()
+            is_last = optimizer.num_updates == config.steps
+            if optimizer.num_updates % config.save_every == 0 or is_last or interrupts.is_stopped:
+                _save(run, is_finished=False)
+            if interrupts.is_stopped and not is_last:
+                view.say(
+                    f"stopped after update {optimizer.num_updates}; go on with: relora-opt pretrain --resume {run.folder}"
+                )
+                raise SystemExit(130)
+    _close(run)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:
+    """Return the optimizer of a configuration: low-rank weights, other matrices of their kind at the same rate, the rest.
+
+    Raises:
+        UserError: where no weight is selected or the rank fits none.
+    """
+    outer = (
+        constant(config.warmup)
+        if config.outer == "constant"
+        else _OUTER[config.outer](config.steps, warmup=config.warmup, min_ratio=config.min_ratio)
+    )
+    name, ratio = parse_prune(config.prune)
+    try:
+        return ReLoRAOptimizer(
+            _groups(model, config),
+            base_optimizer(config),
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=None,
+            schedule=JaggedSchedule(
+                config.restart_every, restart_warmup=config.restart_warmup, warm_start=config.warm_start, outer=outer
+            ),
+            init=config.init,
+            prune=_PRUNE[name]() if ratio is None else _PRUNE[name](ratio),
+            factor_lr=config.factor_lr,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Split the parameters: matrices with factors, matrices too small for them, everything else."""
+    parameters = dict(model.named_parameters())
+    matrices = target_names(model, config.targets)
+    smaller = {name: min(parameters[name].shape[0], parameters[name][0].numel()) for name in matrices}
+    low_rank = [name for name in matrices if smaller[name] > config.rank] if config.rank else []
+    if config.rank and not low_rank:
+        largest = max(smaller.values(), default=0)
+        raise UserError(
+            f"rank={config.rank} is not below the smaller side of any selected weight (the largest is {largest}): "
+            "lower rank, or give rank 0 to train at full rank"
+        )
+    dense = [name for name in matrices if name not in low_rank]
+    rest = [name for name in parameters if name not in matrices]
+    groups = [
+        {"names": low_rank, "rank": config.rank, "lr": config.lr, MATRICES: True},
+        {"names": dense, "rank": 0, "lr": config.lr, MATRICES: True},
+        {"names": rest, "rank": 0, "lr": config.rest_lr, MATRICES: False},
+    ]
+    return [
+        {"params": [(name, parameters[name]) for name in group.pop("names")], **group}
+        for group in groups
+        if group["names"]
+    ]
+
+
+class _Loop:
+    """One attempt after another."""
+
+    def __init__(self, run: Run, view: View, metrics: Any) -> None:
+        config = run.config
+        self.run, self.view, self.metrics = run, view, metrics
+        self.device = next(run.model.parameters()).device
+        self.dtype = _autocast_dtype(config, self.device)
+        self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        self.accumulate = config.batch_size // config.micro_batch_size
+        self.step = run.optimizer.make_step(
+            run.model, self._loss, compile=config.compile, accumulate=self.accumulate, skip_nonfinite=True
+        )
+        self.validation = _validation_set(run.corpus.val, config).to(self.device)
+        self.num_skips = 0
+
+    def attempt(self) -> None:
+        """Serve one batch, and do what is due after its update."""
+        run, config, optimizer = self.run, self.run.config, self.run.optimizer
+        before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
+        batch = self.batches.batch(run.progress.attempts).to(self.device)
+        losses = [self.step(part) for part in batch.split(config.micro_batch_size)]
+        loss = float(torch.stack(losses).mean())
+        seconds = time.monotonic() - start
+        run.progress = replace(
+            run.progress,
+            update=optimizer.num_updates,
+            attempts=run.progress.attempts + 1,
+            seconds=run.progress.seconds + seconds,
+        )
+        if optimizer.num_updates == before:
+            self._count_skip(loss)
+            return
+        self.num_skips = 0
+        tokens_per_second = batch[:, 1:].numel() / seconds
+        row = self._row(phase, loss=loss, tokens_per_second=tokens_per_second)
+        is_switch = optimizer.num_updates == config.warm_start and config.rank > 0
+        if optimizer.num_updates % config.eval_every == 0 or is_switch or optimizer.num_updates == config.steps:
+            row = replace(row, val_loss=self._validate(is_switch=is_switch))
+        self._report(row)
+
+    def evaluate(self) -> None:
+        """Report the validation loss before training."""
+        val_loss = self._validate(is_switch=False)
+        self.run.progress = replace(self.run.progress, val_loss_start=val_loss)
+        row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
+        self._report(replace(row, val_loss=val_loss))
+
+    def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def _validate(self, *, is_switch: bool) -> float:
+        model = self.run.model.eval()
+        parts = self.validation.split(self.run.config.micro_batch_size)
+        total = sum(float(self._loss(model, part)) * len(part) for part in parts)
+        model.train()
+        val_loss = total / len(self.validation)
+        self.run.progress = replace(self.run.progress, val_loss=val_loss)
+        if is_switch:
+            self.run.progress = replace(self.run.progress, val_loss_switch=val_loss)
+        return val_loss
+
+    def _row(self, phase: Phase, *, loss: float | None, tokens_per_second: float | None) -> Row:
+        optimizer, config = self.run.optimizer, self.run.config
+        norm = optimizer.grad_norm
+        return Row(
+            update=optimizer.num_updates,
+            tokens=optimizer.num_updates * config.batch_size * config.seq_len,
+            loss=loss,
+            val_loss=None,
+            lr=optimizer.last_lr()[0],
+            grad_norm=None if norm is None else float(norm),
+            tokens_per_second=tokens_per_second,
+            restarts=optimizer.num_restarts,
+            phase=phase,
+        )
+
+    def _report(self, row: Row) -> None:
+        self.metrics.write(row.to_json() + "\n")
+        optimizer = self.run.optimizer
+        has_restarts = self.run.config.rank > 0
+        next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if has_restarts else None
+        is_coming = next_restart is not None and next_restart <= self.run.config.steps
+        self.view.row(row, next_restart=next_restart if is_coming else None)
+
+    def _count_skip(self, loss: float) -> None:
+        """An update that was skipped is said, and too many in a row end the run."""
+        self.num_skips += 1
+        update = self.run.optimizer.num_updates + 1
+        self.view.say(f"update {update} skipped: loss {loss} or its gradient is not finite")
+        if self.num_skips >= _SKIPS_TO_STOP:
+            raise UserError(
+                f"{self.num_skips} updates in a row had no finite loss or gradient (lr={self.run.config.lr}): "
+                f"lower lr and go on from the last checkpoint in {self.run.folder}, or start again"
+            )
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the update; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        if self.is_stopped:
+            raise KeyboardInterrupt
+        self.is_stopped = True
+
+
+@contextmanager
+def _metrics_file(run: Run) -> Iterator[Any]:
+    with open(run.folder / _METRICS, "a", buffering=1, encoding="utf-8") as file:
+        yield file
+
+
+def _prepare(config: Config, folder: Path, shape: LlamaConfig, console: Console) -> Run:
+    """Read the texts and build what the loop works on; the model's weights are not set yet."""
+    tokenizer = _given_tokenizer(config, folder)
+    with console.status("reading and tokenizing the texts"):
+        corpus = prepare(
+            config.data,
+            text_field=config.text_field,
+            vocab_size=config.vocab_size or shape.vocab_size,
+            tokenizer=tokenizer,
+            seq_len=config.seq_len,
+        )
+    shape = _with_vocabulary(shape, corpus, config)
+    device = _device(config)
+    model = Llama(shape).to(device)
+    optimizer = make_optimizer(model, config)
+    return Run(config, folder, console, corpus, model, optimizer, Progress(update=0, attempts=0, seconds=0.0))
+
+
+def _close(run: Run) -> None:
+    """Export, draw and say how it went."""
+    config, folder, progress = run.config, run.folder, run.progress
+    export = write_export(run.model, run.corpus.tokenizer, folder / "export")
+    curves = plot_runs([folder], None)
+    _save(run, is_finished=True)
+    sizes = memory(run.optimizer)
+    tokens = progress.update * config.batch_size * config.seq_len
+    summary = Summary(
+        val_loss_start=progress.val_loss_start,
+        val_loss_switch=progress.val_loss_switch,
+        val_loss_end=progress.val_loss,
+        updates=progress.update,
+        tokens=tokens,
+        restarts=run.optimizer.num_restarts,
+        trainable=sizes.num_trainable,
+        parameters=sizes.num_parameters,
+        optimizer_bytes=sizes.state_bytes,
+        full_rank_bytes=sizes.full_rank_adamw_bytes,
+        tokens_per_second=tokens / progress.seconds,
+        seconds=progress.seconds,
+        run=folder,
+        export=export,
+        curves=curves,
+        next_command=f'relora-opt generate {folder} --prompt "The state of the union is"',
+    )
+    print_summary(summary, console=run.console)
+
+
+def _save(run: Run, *, is_finished: bool) -> None:
+    run.progress = replace(run.progress, is_finished=is_finished)
+    save_checkpoint(run.folder, run.model, run.optimizer, run.progress, keep=run.config.keep)
+
+
+def _write_folder(run: Run) -> None:
+    """Write what a run is, before it begins."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / _CONFIG).write_text(to_toml(run.config), encoding="utf-8")
+        (run.folder / MODEL_CONFIG).write_text(
+            json.dumps(run.model.config.to_dict(), indent=2) + "\n", encoding="utf-8"
+        )
+        run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
+    except OSError as error:
+        raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror}") from error
+    _save(run, is_finished=False)
+
+
+def _given_tokenizer(config: Config, folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that need not be trained: the run's own, the one named, or the one beside the weights."""
+    if (folder / TOKENIZER).is_file():
+        return load_tokenizer(folder / TOKENIZER)
+    if config.tokenizer is not None:
+        return load_tokenizer(Path(config.tokenizer))
+    if config.init_from is not None:
+        return load_tokenizer(Path(config.init_from) / TOKENIZER)
+    return None
+
+
+def _model_config(config: Config) -> LlamaConfig:
+    if config.init_from is not None:
+        return load_config(Path(config.init_from) / MODEL_CONFIG)
+    if config.model is not None:
+        return load_config(Path(config.model))
+    assert config.preset is not None
+    return PRESETS[config.preset]
+
+
+def _with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
+    """Give a preset the tokenizer's vocabulary; hold any other model against it."""
+    size = corpus.tokenizer.get_vocab_size()
+    if config.vocab_size is not None and config.tokenizer is not None and config.vocab_size != size:
+        raise UserError(
+            f"vocab_size={config.vocab_size}, but the tokenizer {config.tokenizer!r} has {size}: leave one out"
+        )
+    if config.preset is not None:
+        longest = max(shape.max_position_embeddings, config.seq_len)
+        return replace(shape, vocab_size=size, max_position_embeddings=longest, eos_token_id=corpus.eos_id)
+    if shape.vocab_size < size:
+        raise UserError(
+            f"the model has a vocabulary of {shape.vocab_size} and the tokenizer of {size}: they must match"
+        )
+    if shape.max_position_embeddings < config.seq_len:
+        raise UserError(
+            f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="
+            f"{shape.max_position_embeddings}: shorten it"
+        )
+    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=corpus.eos_id)
+
+
+def _validation_set(tokens: Tensor, config: Config) -> Tensor:
+    """Return sequences spread evenly over the held-out documents, (at most _EVAL_SEQUENCES, seq_len + 1)."""
+    blocks = (len(tokens) - 1) // config.seq_len
+    count = min(blocks, _EVAL_SEQUENCES)
+    starts = [index * blocks // count * config.seq_len for index in range(count)]
+    return torch.stack([tokens[start : start + config.seq_len + 1].long() for start in starts])
+
+
+def _phase(optimizer: ReLoRAOptimizer) -> Phase:
+    """The phase of the coming update."""
+    if optimizer.is_low_rank:
+        return "low_rank"
+    return "warm_start" if any(group["rank"] for group in optimizer.param_groups) else "full_rank"
+
+
+def _device(config: Config) -> torch.device:
+    if config.device != "auto":
+        try:
+            return torch.empty(0, device=config.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={config.device!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
+
+
+def _autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products; "auto" takes bfloat16 where the machine multiplies it in hardware."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_multiplies_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _set_threads(config: Config) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
