@@ -4,8 +4,8 @@
                          optimizer.pt        ReLoRAOptimizer.state_dict(): factors, moments, clock
                          progress.json       where the loop was
 
-A checkpoint is written beside its place, flushed to the disk and renamed, so that a folder with that name is complete; the
-latest one is the one with the highest number. Older ones are deleted only after the newer stands.
+A checkpoint is written beside its place, flushed to the disk and renamed, so that a folder with that name is complete;
+the latest one is the one with the highest number. Older ones are deleted only after the newer stands.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from relora_opt import ReLoRAOptimizer, save_merged
 from torch import nn
 
+from relora_opt import ReLoRAOptimizer, save_merged
+
 from .config import UserError
-from .model import load_weights
+from .model import Llama, load_weights
 
 FORMAT = 1
 _FOLDER = "checkpoints"
@@ -127,7 +128,7 @@ def read_progress(checkpoint: Path) -> Progress:
         ) from error
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: ReLoRAOptimizer | None = None) -> Progress:
+def load_checkpoint(checkpoint: Path, model: Llama, optimizer: ReLoRAOptimizer | None = None) -> Progress:
     """Load weights, and the optimizer where one is given, in place.
 
     Raises:

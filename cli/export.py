@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from relora_opt import save_merged
 from tokenizers import Tokenizer
+
+from relora_opt import save_merged
 
 from .checkpoint import latest_checkpoint, load_checkpoint
 from .config import UserError

@@ -331,8 +331,8 @@ def load_weights(model: Llama, folder: Path | str) -> None:
     """Copy model.safetensors, or the shards of its index, into `model` in place, one file at a time.
 
     Keys must match exactly and shapes too; dtypes are converted. A tied weight may be stored under either name or both.
-    Raises UserError, before anything is copied, for missing or unreadable files, missing or unexpected keys and
-    different shapes.
+    Raises UserError for missing or unreadable files, missing or unexpected keys and different shapes, all before
+    anything is copied, and for tied names with different values.
     """
     folder = Path(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -342,14 +342,21 @@ def load_weights(model: Llama, folder: Path | str) -> None:
         with _opened(file) as weights:
             shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118
     _check_keys(parameters, shapes, folder)
+    copied: set[int] = set()
     for file in files:
         with _opened(file) as weights:
-            for key in parameters.keys() & set(weights.keys()):
-                parameters[key].copy_(weights.get_tensor(key))
+            for key in sorted(parameters.keys() & set(weights.keys())):
+                parameter, value = parameters[key], weights.get_tensor(key)
+                if id(parameter) in copied and not torch.equal(parameter, value.to(parameter)):
+                    raise UserError(
+                        f"{folder} holds two different values for {key!r}: set tie_word_embeddings to false"
+                    )
+                parameter.copy_(value)
+                copied.add(id(parameter))
 
 
 def _check_keys(parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    remedy = "use the config.json that belongs to these weights"
+    remedy = "use the config.json and the tokenizer that belong to these weights"
     # Llama exports of 2023 also hold the rotary frequencies, which are computed here.
     stored = {key: shape for key, shape in shapes.items() if not key.endswith("rotary_emb.inv_freq")}
     for key in sorted(stored.keys() - parameters.keys()):

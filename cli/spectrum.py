@@ -115,9 +115,10 @@ def spectrum(before: Path, after: Path) -> list[KindSpectrum]:
 
 def print_spectrum(rows: list[KindSpectrum], *, console: Console) -> None:
     """Print a table, a kind a row; columns are means over the kind's matrices, but for the largest singular value."""
-    table = Table("kind", box=None, padding=(0, 2, 0, 0), title_justify="left", title="singular values of the change")
-    for name in ("matrices", "shape", f"above {THRESHOLD}", "effective rank", "stable rank", "largest", "Frobenius"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title="singular values of the weight change")
+    table.add_column("kind", overflow="fold")
+    for name in ("matrices", "shape", f"above\n{THRESHOLD}", "effective\nrank", "stable\nrank", "largest", "Frobenius"):
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         means = (f"{row.num_above:.1f}", f"{row.effective_rank:.1f}", f"{row.stable_rank:.1f}")
         sizes = (f"{row.largest:.3g}", f"{row.frobenius:.3g}")
@@ -196,7 +197,7 @@ def _shape(holders: dict[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _is_matrix(holders: dict[str, Any], name: str) -> bool:
-    is_floating = "F" in holders[name].get_slice(name).get_dtype()  # "F32", "BF16", ...; quantised weights are skipped
+    is_floating = holders[name].get_slice(name).get_dtype() in _FLOATING  # quantised weights are skipped
     return is_floating and len(_shape(holders, name)) == 2
 
 
@@ -225,4 +226,5 @@ def _short_names(paths: set[str]) -> dict[str, str]:
     return {path: next((end for end in ends(path) if counts[end] == 1), path) for path in paths}
 
 
-_FLOOR = 1e-5
+_FLOOR = 1e-5  # of the largest singular value: smaller ones are float32 rounding
+_FLOATING = ("F64", "F32", "F16", "BF16")

@@ -23,25 +23,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, memory, prune, target_names, wsd
+from relora_opt import ReLoRAOptimizer, memory
 
-from .bases import MATRICES, base_optimizer
+from .build import autocast_dtype, find_device, make_optimizer, model_config, with_vocabulary
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
-from .config import Config, UserError, load_config_file, parse_prune, resolve, to_toml
-from .data import Batches, Corpus, load_tokenizer, prepare
+from .config import Config, UserError, load_config_file, resolve, to_toml
+from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
-from .model import PRESETS, Llama, LlamaConfig, init_weights, load_config, load_weights
+from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
 from .plot import plot_runs
 from .report import Phase, Row, Summary, View, print_summary, truncate_metrics
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.toml"
-_EVAL_SEQUENCES = 256  # evenly spread over the held-out documents
+_EVAL_SEQUENCES = 256  # drawn once from the held-out documents
 _SKIPS_TO_STOP = 20
-_OUTER = {"cosine": cosine, "linear": linear, "wsd": wsd}
-_PRUNE = {"reset": prune.reset, "keep": prune.keep, "magnitude": prune.magnitude, "random": prune.random}
 
 
 @dataclass
@@ -65,7 +62,7 @@ def start_run(config: Config) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out={config.out!r} is in use: give a new folder, or go on with --resume {config.out}")
     _set_threads(config)
-    shape = _model_config(config)
+    shape = model_config(config)
     with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
         make_optimizer(Llama(shape), config)
     run = _prepare(config, folder, shape, console)
@@ -108,69 +105,9 @@ def train(run: Run) -> None:
             if optimizer.num_updates % config.save_every == 0 or is_last or interrupts.is_stopped:
                 _save(run, is_finished=False)
             if interrupts.is_stopped and not is_last:
-                view.say(
-                    f"stopped after update {optimizer.num_updates}; go on with: relora-opt pretrain --resume {run.folder}"
-                )
+                view.say(f"stopped; to go on: relora-opt pretrain --resume {run.folder}")
                 raise SystemExit(130)
     _close(run)
-
-
-def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:
-    """Return the optimizer of a configuration: low-rank weights, other matrices of their kind at the same rate, the rest.
-
-    Raises:
-        UserError: where no weight is selected or the rank fits none.
-    """
-    outer = (
-        constant(config.warmup)
-        if config.outer == "constant"
-        else _OUTER[config.outer](config.steps, warmup=config.warmup, min_ratio=config.min_ratio)
-    )
-    name, ratio = parse_prune(config.prune)
-    try:
-        return ReLoRAOptimizer(
-            _groups(model, config),
-            base_optimizer(config),
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=None,
-            schedule=JaggedSchedule(
-                config.restart_every, restart_warmup=config.restart_warmup, warm_start=config.warm_start, outer=outer
-            ),
-            init=config.init,
-            prune=_PRUNE[name]() if ratio is None else _PRUNE[name](ratio),
-            factor_lr=config.factor_lr,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Split the parameters: matrices with factors, matrices too small for them, everything else."""
-    parameters = dict(model.named_parameters())
-    matrices = target_names(model, config.targets)
-    smaller = {name: min(parameters[name].shape[0], parameters[name][0].numel()) for name in matrices}
-    low_rank = [name for name in matrices if smaller[name] > config.rank] if config.rank else []
-    if config.rank and not low_rank:
-        largest = max(smaller.values(), default=0)
-        raise UserError(
-            f"rank={config.rank} is not below the smaller side of any selected weight (the largest is {largest}): "
-            "lower rank, or give rank 0 to train at full rank"
-        )
-    dense = [name for name in matrices if name not in low_rank]
-    rest = [name for name in parameters if name not in matrices]
-    groups = [
-        {"names": low_rank, "rank": config.rank, "lr": config.lr, MATRICES: True},
-        {"names": dense, "rank": 0, "lr": config.lr, MATRICES: True},
-        {"names": rest, "rank": 0, "lr": config.rest_lr, MATRICES: False},
-    ]
-    return [
-        {"params": [(name, parameters[name]) for name in group.pop("names")], **group}
-        for group in groups
-        if group["names"]
-    ]
 
 
 class _Loop:
@@ -180,13 +117,13 @@ class _Loop:
         config = run.config
         self.run, self.view, self.metrics = run, view, metrics
         self.device = next(run.model.parameters()).device
-        self.dtype = _autocast_dtype(config, self.device)
+        self.dtype = autocast_dtype(config, self.device)
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
         self.accumulate = config.batch_size // config.micro_batch_size
         self.step = run.optimizer.make_step(
             run.model, self._loss, compile=config.compile, accumulate=self.accumulate, skip_nonfinite=True
         )
-        self.validation = _validation_set(run.corpus.val, config).to(self.device)
+        self.validation = _validation_set(run.corpus, config).to(self.device)
         self.num_skips = 0
 
     def attempt(self) -> None:
@@ -194,7 +131,7 @@ class _Loop:
         run, config, optimizer = self.run, self.run.config, self.run.optimizer
         before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
         batch = self.batches.batch(run.progress.attempts).to(self.device)
-        losses = [self.step(part) for part in batch.split(config.micro_batch_size)]
+        losses = [self.step(part) for part in torch.split(batch, config.micro_batch_size)]
         loss = float(torch.stack(losses).mean())
         seconds = time.monotonic() - start
         run.progress = replace(
@@ -229,7 +166,7 @@ class _Loop:
     @torch.no_grad()
     def _validate(self, *, is_switch: bool) -> float:
         model = self.run.model.eval()
-        parts = self.validation.split(self.run.config.micro_batch_size)
+        parts = torch.split(self.validation, self.run.config.micro_batch_size)
         total = sum(float(self._loss(model, part)) * len(part) for part in parts)
         model.train()
         val_loss = total / len(self.validation)
@@ -303,17 +240,16 @@ def _metrics_file(run: Run) -> Iterator[Any]:
 
 def _prepare(config: Config, folder: Path, shape: LlamaConfig, console: Console) -> Run:
     """Read the texts and build what the loop works on; the model's weights are not set yet."""
-    tokenizer = _given_tokenizer(config, folder)
     with console.status("reading and tokenizing the texts"):
         corpus = prepare(
             config.data,
             text_field=config.text_field,
             vocab_size=config.vocab_size or shape.vocab_size,
-            tokenizer=tokenizer,
+            tokenizer=_tokenizer_file(config, folder),
             seq_len=config.seq_len,
         )
-    shape = _with_vocabulary(shape, corpus, config)
-    device = _device(config)
+    shape = with_vocabulary(shape, corpus, config)
+    device = find_device(config)
     model = Llama(shape).to(device)
     optimizer = make_optimizer(model, config)
     return Run(config, folder, console, corpus, model, optimizer, Progress(update=0, attempts=0, seconds=0.0))
@@ -367,54 +303,11 @@ def _write_folder(run: Run) -> None:
     _save(run, is_finished=False)
 
 
-def _given_tokenizer(config: Config, folder: Path) -> Tokenizer | None:
-    """Return the tokenizer that need not be trained: the run's own, the one named, or the one beside the weights."""
-    if (folder / TOKENIZER).is_file():
-        return load_tokenizer(folder / TOKENIZER)
-    if config.tokenizer is not None:
-        return load_tokenizer(Path(config.tokenizer))
-    if config.init_from is not None:
-        return load_tokenizer(Path(config.init_from) / TOKENIZER)
-    return None
-
-
-def _model_config(config: Config) -> LlamaConfig:
-    if config.init_from is not None:
-        return load_config(Path(config.init_from) / MODEL_CONFIG)
-    if config.model is not None:
-        return load_config(Path(config.model))
-    assert config.preset is not None
-    return PRESETS[config.preset]
-
-
-def _with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
-    """Give a preset the tokenizer's vocabulary; hold any other model against it."""
-    size = corpus.tokenizer.get_vocab_size()
-    if config.vocab_size is not None and config.tokenizer is not None and config.vocab_size != size:
-        raise UserError(
-            f"vocab_size={config.vocab_size}, but the tokenizer {config.tokenizer!r} has {size}: leave one out"
-        )
-    if config.preset is not None:
-        longest = max(shape.max_position_embeddings, config.seq_len)
-        return replace(shape, vocab_size=size, max_position_embeddings=longest, eos_token_id=corpus.eos_id)
-    if shape.vocab_size < size:
-        raise UserError(
-            f"the model has a vocabulary of {shape.vocab_size} and the tokenizer of {size}: they must match"
-        )
-    if shape.max_position_embeddings < config.seq_len:
-        raise UserError(
-            f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="
-            f"{shape.max_position_embeddings}: shorten it"
-        )
-    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=corpus.eos_id)
-
-
-def _validation_set(tokens: Tensor, config: Config) -> Tensor:
-    """Return sequences spread evenly over the held-out documents, (at most _EVAL_SEQUENCES, seq_len + 1)."""
-    blocks = (len(tokens) - 1) // config.seq_len
-    count = min(blocks, _EVAL_SEQUENCES)
-    starts = [index * blocks // count * config.seq_len for index in range(count)]
-    return torch.stack([tokens[start : start + config.seq_len + 1].long() for start in starts])
+def _validation_set(corpus: Corpus, config: Config) -> Tensor:
+    """Return the held-out sequences that are evaluated, (at most _EVAL_SEQUENCES, seq_len + 1): always the same."""
+    held_out = Batches(corpus.val, seq_len=config.seq_len, batch_size=1)
+    count = min(held_out.num_blocks, _EVAL_SEQUENCES)
+    return Batches(corpus.val, seq_len=config.seq_len, batch_size=count).batch(0)
 
 
 def _phase(optimizer: ReLoRAOptimizer) -> Phase:
@@ -424,31 +317,13 @@ def _phase(optimizer: ReLoRAOptimizer) -> Phase:
     return "warm_start" if any(group["rank"] for group in optimizer.param_groups) else "full_rank"
 
 
-def _device(config: Config) -> torch.device:
-    if config.device != "auto":
-        try:
-            return torch.empty(0, device=config.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device={config.device!r} is not to be had here: {str(error).splitlines()[0]}") from error
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
-
-
-def _autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" takes bfloat16 where the machine multiplies it in hardware."""
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_multiplies_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _tokenizer_file(config: Config, folder: Path) -> Path | None:
+    """Return the tokenizer that need not be trained: the run's own, the one named, or the one beside the weights."""
+    if (folder / TOKENIZER).is_file():
+        return folder / TOKENIZER
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    return None if config.init_from is None else Path(config.init_from) / TOKENIZER
 
 
 def _set_threads(config: Config) -> None:

@@ -1,0 +1,145 @@
+"""From a configuration to what is trained: the model's shape, the optimizer, the device, the precision.
+
+The selected matrices train at `lr`, with factors or without; embeddings, head and norms train at `rest_lr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, target_names, wsd
+
+from .bases import MATRICES, base_optimizer
+from .config import Config, UserError, parse_prune
+from .data import Corpus
+from .export import MODEL_CONFIG
+from .model import PRESETS, LlamaConfig, load_config
+
+_OUTER = {"cosine": cosine, "linear": linear, "wsd": wsd}
+_PRUNE: dict[str, Callable[..., prune.Strategy]] = {
+    "reset": prune.reset,
+    "keep": prune.keep,
+    "magnitude": prune.magnitude,
+    "random": prune.random,
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_config(config: Config) -> LlamaConfig:
+    if config.init_from is not None:
+        return load_config(Path(config.init_from) / MODEL_CONFIG)
+    if config.model is not None:
+        return load_config(Path(config.model))
+    assert config.preset is not None
+    return PRESETS[config.preset]
+
+
+def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
+    """Give a preset the tokenizer's vocabulary; hold any other model against it."""
+    size = corpus.tokenizer.get_vocab_size()
+    if config.vocab_size is not None and config.tokenizer is not None and config.vocab_size != size:
+        raise UserError(
+            f"vocab_size={config.vocab_size}, but the tokenizer {config.tokenizer!r} has {size}: leave one out"
+        )
+    if config.preset is not None:
+        longest = max(shape.max_position_embeddings, config.seq_len)
+        return replace(shape, vocab_size=size, max_position_embeddings=longest, eos_token_id=corpus.eos_id)
+    if shape.vocab_size < size:
+        raise UserError(
+            f"the model has a vocabulary of {shape.vocab_size} and the tokenizer of {size}: they must match"
+        )
+    if shape.max_position_embeddings < config.seq_len:
+        raise UserError(
+            f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="
+            f"{shape.max_position_embeddings}: shorten it"
+        )
+    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=corpus.eos_id)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:
+    """Return the optimizer of a configuration: low-rank weights, matrices too small for them, the rest.
+
+    Raises:
+        UserError: where no weight is selected or the rank fits none.
+    """
+    try:
+        return ReLoRAOptimizer(
+            _groups(model, config),
+            base_optimizer(config),
+            rank=config.rank,
+            alpha=config.alpha,
+            schedule=_schedule(config),
+            init=config.init,
+            prune=_prune(config),
+            factor_lr=config.factor_lr,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Split the parameters: matrices with factors, matrices too small for them, everything else."""
+    parameters = dict(model.named_parameters())
+    matrices = target_names(model, config.targets)
+    smaller = {name: min(parameters[name].shape[0], parameters[name][0].numel()) for name in matrices}
+    low_rank = [name for name in matrices if smaller[name] > config.rank] if config.rank else []
+    if config.rank and not low_rank:
+        largest = max(smaller.values(), default=0)
+        raise UserError(
+            f"rank={config.rank} is not below the smaller side of any selected weight (the largest is {largest}): "
+            "lower rank, or give rank 0 to train at full rank"
+        )
+    dense = [name for name in matrices if name not in low_rank]
+    rest = [name for name in parameters if name not in matrices]
+    groups = (
+        (low_rank, {"rank": config.rank, "lr": config.lr, MATRICES: True}),
+        (dense, {"rank": 0, "lr": config.lr, MATRICES: True}),
+        (rest, {"rank": 0, "lr": config.rest_lr, MATRICES: False}),
+    )
+    return [{"params": [(name, parameters[name]) for name in names], **own} for names, own in groups if names]
+
+
+def _schedule(config: Config) -> JaggedSchedule:
+    if config.outer == "constant":
+        outer = constant(config.warmup)
+    else:
+        outer = _OUTER[config.outer](config.steps, warmup=config.warmup, min_ratio=config.min_ratio)
+    return JaggedSchedule(
+        config.restart_every, restart_warmup=config.restart_warmup, warm_start=config.warm_start, outer=outer
+    )
+
+
+def _prune(config: Config) -> prune.Strategy:
+    name, ratio = parse_prune(config.prune)
+    return _PRUNE[name]() if ratio is None else _PRUNE[name](ratio)
+
+
+def find_device(config: Config) -> torch.device:
+    if config.device != "auto":
+        try:
+            return torch.empty(0, device=config.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={config.device!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products; "auto" takes bfloat16 where the machine multiplies it in hardware."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_multiplies_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

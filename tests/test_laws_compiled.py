@@ -1,0 +1,143 @@
+"""torch.compile changes nothing but speed: same gradients, same updates, at most one compilation a phase.
+
+A compilation takes seconds, so the fast tests compile with the aot_eager backend, which traces the forward and
+derives the backward as inductor does and then runs them uncompiled; the slow ones repeat the laws with inductor.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import DTYPES, batch, jagged_schedule, mlp, mse, randomise_b, relora, selected_weights, stepper
+from torch import nn
+from torch._dynamo.utils import counters
+
+from relora_opt import JaggedSchedule
+
+# torch 2.13 trips over its own deprecations: Dynamo instantiates an autograd function that it traces, inductor imports
+# torch.jit.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}  # a rounding per operation of the model
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("backend")
+def test_compiled_factor_gradients_equal_eager_ones_at_random_b(dtype: torch.dtype) -> None:
+    gradients = []
+    for compiled in (False, True):
+        model = mlp(dtype)
+        optimizer = relora(model)
+        weights = list(selected_weights(model).values())
+        randomise_b(optimizer, weights)
+        f = optimizer.functional(model)
+        call = torch.compile(f, fullgraph=True) if compiled else f
+        mse(call, *batch(0, dtype)).backward()
+        gradients.append([factor.grad for weight in weights for factor in optimizer.factors(weight)])
+        assert all(weight.grad is None for weight in weights)
+    for eager, compiled_ in zip(*gradients, strict=True):
+        assert eager.any()
+        scale = float(eager.abs().max())
+        assert float((eager - compiled_).abs().max()) <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.usefixtures("backend")
+def test_the_compiled_step_equals_the_eager_one_through_the_switch_and_restarts(dtype: torch.dtype, base: str) -> None:
+    """One update after each event in bfloat16, where roundings differ; all 24 updates otherwise."""
+    eager, compiled = mlp(dtype), mlp(dtype)
+    changes: dict[str, Any] = {"schedule": jagged_schedule(6, 2, 5)}
+    if base == "AdamW":
+        changes["eps"] = 0.01  # or Adam's first updates would be the bare sign of the gradient
+    steps = [stepper("step", relora(eager, base, **changes), eager)]
+    steps.append(stepper("compiled", relora(compiled, base, **changes), compiled))
+    for u in range(24 if dtype != torch.bfloat16 else 6):
+        losses = [step(*batch(u, dtype)) for step in steps]
+        assert float(losses[0]) == pytest.approx(float(losses[1]), abs=TOLERANCE[dtype])
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            assert float((ours - theirs).detach().abs().max()) <= TOLERANCE[dtype], u
+
+
+@pytest.mark.usefixtures("backend")
+def test_wrapping_and_a_restart_leave_the_compiled_output_as_it_was() -> None:
+    model = mlp()
+    x, y = batch(0)
+    optimizer = relora(model)
+    step = stepper("compiled", optimizer, model)
+    with torch.no_grad():
+        before = mse(model, x, y)
+    assert float(step(x, y)) == pytest.approx(float(before), rel=1e-6)  # the loss before the update
+    with torch.no_grad():
+        before = mse(model, x, y)
+    optimizer.restart()
+    assert float(step(x, y)) == pytest.approx(float(before), rel=1e-6)
+    for weight in selected_weights(model).values():
+        assert optimizer.factors(weight)[1].any()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_warm_start_and_low_rank_compile_once_each_over_rates_restarts_and_accumulation(accumulate: int) -> None:
+    model = mlp()
+    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=4)
+    optimizer = relora(model, schedule=schedule, max_grad_norm=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    step = optimizer.make_step(model, mse, compile=True, accumulate=accumulate)
+    graphs = []
+    for u in range(18):
+        for _ in range(accumulate):
+            step(*batch(u))
+        scheduler.step()
+        with torch.no_grad():
+            mse(model, *batch(u))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert optimizer.num_restarts == 3
+    assert graphs == [1] * 4 + [2] * 14
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_compiled_step_never_forms_a_dense_gradient() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(3))
+    formed = []
+    for weight in selected_weights(model).values():
+        weight.register_post_accumulate_grad_hook(lambda p: formed.append(p.grad))
+    step = stepper("compiled", optimizer, model)
+    for u in range(5):
+        step(*batch(u))
+    assert all(gradient is None for gradient in formed)  # the hook runs, of an input that gets no gradient
+    assert all(weight.grad is None for weight in selected_weights(model).values())
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_compiled_model_trains_on_the_dense_path() -> None:
+    models = [mlp(torch.float64), mlp(torch.float64)]
+    runs: list[nn.Module] = [models[0], torch.compile(models[1])]
+    for model, called in zip(models, runs, strict=True):
+        optimizer = relora(called, schedule=jagged_schedule(6, 2, 5), targets=None)
+        for u in range(14):
+            mse(called, *batch(u, torch.float64)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.num_restarts == 1
+        assert optimizer.factors(model.first.weight)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -1,0 +1,151 @@
+"""Save, load and continue equals never stopped, bitwise: at every update, on the switch and on every restart."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, batch, differences, jagged_schedule, mlp, relora, snapshot, stepper, through_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from relora_opt import ReLoRAOptimizer, prune
+
+LAST = 25
+SCHEDULE = jagged_schedule(restart_every=6, restart_warmup=2, warm_start=6)  # switch after 6; restarts after 12, 18, 24
+STRATEGIES = {
+    "reset": prune.reset(),
+    "magnitude": prune.magnitude(0.5),
+    "random": prune.random(0.5),
+    "keep": prune.keep(),
+}
+
+
+def build(dtype: torch.dtype, base: str, strategy: str = "reset", *, seed: int = 0) -> tuple[MLP, ReLoRAOptimizer]:
+    model = mlp(dtype, seed=seed)
+    return model, relora(model, base, schedule=SCHEDULE, prune=STRATEGIES[strategy], max_grad_norm=0.5, factor_lr=2.0)
+
+
+def run(path: str, model: MLP, optimizer: ReLoRAOptimizer, first: int, last: int = LAST) -> list[dict[str, Any]]:
+    """Run the updates first + 1, ..., last and return the snapshot after each."""
+    dtype = model.head.weight.dtype
+    step = stepper(path, optimizer, model)
+    snapshots = []
+    for u in range(first + 1, last + 1):
+        step(*batch(u, dtype))
+        snapshots.append(snapshot(model, optimizer))
+    return snapshots
+
+
+CASES = [
+    (path, dtype, base, "reset")
+    for path in ("dense", "step")
+    for dtype in (torch.float32, torch.bfloat16)
+    for base in ("SGD", "AdamW")
+] + [("functional", torch.float32, "AdamW", strategy) for strategy in STRATEGIES]
+
+
+@pytest.mark.parametrize(("path", "dtype", "base", "strategy"), CASES, ids=str)
+def test_continuing_from_a_file_after_any_update_equals_never_having_stopped(
+    path: str, dtype: torch.dtype, base: str, strategy: str
+) -> None:
+    model, optimizer = build(dtype, base, strategy)
+    snapshots = [snapshot(model, optimizer), *run(path, model, optimizer, 0)]
+    assert optimizer.num_restarts == 3
+    for u in range(LAST + 1):
+        resumed, fresh = build(dtype, base, strategy, seed=u + 1)
+        saved = through_file(snapshots[u])
+        resumed.load_state_dict(saved["model"])
+        fresh.load_state_dict(saved["optimizer"])
+        assert not differences(snapshot(resumed, fresh), snapshots[u]), f"loading the state of update {u} changes it"
+        assert (fresh.num_updates, fresh.num_restarts) == (u, max(0, u - 6) // 6)
+        last = min(LAST, u + 8)  # over the next event, whichever it is
+        if u < last:
+            after = run(path, resumed, fresh, u, last)[-1]
+            assert not differences(after, snapshots[last]), f"stopped after update {u}, compared at {last}"
+
+
+@pytest.mark.parametrize("stop", [0, 3, 6, 9, 12, 15, 18])
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+def test_a_copy_of_model_and_optimizer_continues_bitwise(copier: str, stop: int) -> None:
+    model, optimizer = build(torch.bfloat16, "AdamW")
+    run("dense", model, optimizer, 0, stop)
+    pair = (model, optimizer)
+    twin_model, twin = copy.deepcopy(pair) if copier == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert twin.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
+    assert not differences(run("dense", twin_model, twin, stop), run("dense", model, optimizer, stop))
+
+
+def test_loading_into_a_live_optimizer_goes_back_to_the_saved_moment() -> None:
+    model, optimizer = build(torch.float32, "AdamW")
+    run("step", model, optimizer, 0, 14)
+    saved = snapshot(model, optimizer)
+    expected = run("step", model, optimizer, 14, 20)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert not differences(run("step", model, optimizer, 14, 20), expected)
+
+
+def test_the_state_holds_tensors_and_plain_numbers_only_and_keeps_every_dtype() -> None:
+    model, optimizer = build(torch.bfloat16, "AdamW")
+    run("dense", model, optimizer, 0, 15)
+    saved = optimizer.state_dict()
+    _fresh_model, fresh = build(torch.bfloat16, "AdamW", seed=1)
+    fresh.load_state_dict(state_dict=copy.deepcopy(saved))
+    assert not differences(saved["state"], fresh.state_dict()["state"])
+    plain = (int, float, str, bool, type(None), tuple, list)
+    for group in saved["param_groups"]:
+        assert all(isinstance(value, plain) for value in group.values()), group
+
+
+def test_the_phantom_step_of_distributed_checkpoint_changes_nothing_and_does_not_count() -> None:
+    """On a fresh optimizer it sets every rate to 0 and every gradient to zero, and calls step.
+
+    Without weight decay it leaves SGD a momentum of zero, from which a run goes on as if it had never been.
+    """
+    runs = []
+    for has_phantom in (True, False):
+        model = mlp()
+        optimizer = relora(model, "SGD", schedule=jagged_schedule(4, 2, 0), weight_decay=0.0)
+        if has_phantom:
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            assert optimizer.num_updates == 0
+            assert set(optimizer.state) == set(model.parameters())
+            assert not differences(before, {name: p.detach() for name, p in model.named_parameters()})
+        runs.append(run("dense", model, optimizer, 0, 10))
+        assert optimizer.num_restarts == 2
+    assert not differences(*runs)
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("stop", [0, 3, 6, 7, 12, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_continuing_through_the_state_dict_of_distributed_checkpoint_is_bitwise(
+    dtype: torch.dtype, stop: int, is_flat: bool
+) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    model, optimizer = build(dtype, "AdamW")
+    run("dense", model, optimizer, 0, stop)
+    saved = through_file(get_optimizer_state_dict(model, optimizer, options=options))
+    weights = through_file(model.state_dict())
+    clock = {key: optimizer.param_groups[0][key] for key in ("num_updates", "num_restarts", "last_restart")}
+    expected = run("dense", model, optimizer, stop)
+    resumed, fresh = build(dtype, "AdamW", seed=stop + 1)
+    resumed.load_state_dict(weights)
+    fresh.set_clock(**clock)
+    set_optimizer_state_dict(resumed, fresh, saved, options=options)
+    assert (fresh.num_updates, fresh.num_restarts) == (clock["num_updates"], clock["num_restarts"])
+    assert not differences(run("dense", resumed, fresh, stop), expected)

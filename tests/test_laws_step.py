@@ -1,0 +1,258 @@
+"""What `make_step` and the loops around it promise: no dense gradient, accumulation, skipped updates, GradScaler."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import batch, differences, jagged_schedule, mlp, mse, relora, selected_weights, stepper
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from relora_opt import JaggedSchedule
+
+DOUBLE = torch.float64
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("path", ["functional", "step"])
+def test_a_backward_of_the_functional_path_never_forms_the_dense_gradient(path: str) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    step = stepper(path, optimizer, model)
+    step(*batch(0))
+    shapes = {tuple(weight.shape) for weight in selected_weights(model).values()}
+    shapes |= {shape[::-1] for shape in shapes}
+    if path == "step":
+        formed: list[Tensor] = []
+        weights = selected_weights(model).values()
+        handles = [weight.register_post_accumulate_grad_hook(formed.append) for weight in weights]
+        step(*batch(1))
+        assert not formed
+        for handle in handles:
+            handle.remove()
+    else:
+        loss = mse(optimizer.functional(model), *batch(1))
+        with Products() as products:
+            loss.backward()
+        assert products.shapes
+        assert not shapes & set(products.shapes)
+    assert all(weight.grad is None for weight in selected_weights(model).values())
+    dense = mse(model, *batch(1))
+    with Products() as products:
+        dense.backward()
+    assert shapes & set(products.shapes)  # the recorder sees it where it is formed
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_accumulating_k_micro_batches_equals_the_full_batch(k: int) -> None:
+    """To 1e-12 in float64: the mean of means is the mean, summed in another order."""
+    whole, parts = mlp(DOUBLE), mlp(DOUBLE)
+    whole_optimizer = relora(whole, schedule=jagged_schedule(), max_grad_norm=0.3)
+    parts_optimizer = relora(parts, schedule=jagged_schedule(), max_grad_norm=0.3)
+    full = whole_optimizer.make_step(whole, mse, compile=False)
+    micro = parts_optimizer.make_step(parts, mse, compile=False, accumulate=k)
+    for u in range(24):
+        x, y = batch(u, DOUBLE)
+        loss = full(x, y)
+        losses = []
+        for index, (some_x, some_y) in enumerate(zip(x.chunk(k), y.chunk(k), strict=True)):
+            assert parts_optimizer.num_updates == u, index
+            losses.append(micro(some_x, some_y))
+        assert parts_optimizer.num_updates == u + 1
+        assert float(loss - sum(losses) / k) == pytest.approx(0, abs=1e-12)
+        for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skip_nonfinite_skips_the_update_and_does_not_count_it(bad: float, accumulate: int) -> None:
+    """The run with bad batches in between equals, bitwise, the run that never saw them."""
+    runs = []
+    for bad_after in ((), (0, 4, 5, 9)):
+        model = mlp()
+        optimizer = relora(model, schedule=jagged_schedule(restart_every=4, restart_warmup=2, warm_start=3))
+        step = optimizer.make_step(model, mse, compile=False, skip_nonfinite=True, accumulate=accumulate)
+        for u in range(13):
+            for _ in range(accumulate):
+                step(*batch(u))
+            if u in bad_after:
+                before = optimizer.num_updates
+                for index in range(accumulate):
+                    x, y = batch(100)
+                    step(x, y * bad if index == 0 else y)
+                assert optimizer.num_updates == before == u + 1
+        runs.append({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        assert optimizer.num_restarts == 2
+    assert not differences(*runs)
+
+
+def test_make_step_returns_the_detached_loss_and_aux_before_the_update() -> None:
+    model = mlp(DOUBLE)
+    optimizer = relora(model)
+    x, y = batch(0, DOUBLE)
+
+    def with_output(model: nn.Module, x: Tensor, *, y: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return torch.nn.functional.mse_loss(output, y), output
+
+    expected_output = model(x).detach()
+    expected = mse(model, x, y).detach()
+    loss, output = optimizer.make_step(model, with_output, compile=False, has_aux=True)(x, y=y)
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected)
+    assert torch.equal(output.detach(), expected_output)
+    assert not torch.equal(model(x), expected_output)
+
+
+def test_batch_norm_statistics_and_dropout_work_on_the_functional_path() -> None:
+    runs = []
+    for path in ("dense", "functional", "step"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+        optimizer = relora(model, "SGD", targets=["0.weight"])
+        step = stepper(path, optimizer, model)
+        torch.manual_seed(1)
+        for u in range(4):
+            step(*batch(u, DOUBLE))
+        runs.append(model.state_dict())
+    assert int(runs[0]["1.num_batches_tracked"]) == 4
+    for other in runs[1:]:
+        for key, value in runs[0].items():
+            torch.testing.assert_close(other[key], value, rtol=0, atol=1e-12)
+
+
+def test_the_functional_module_exposes_exactly_what_is_trained() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    f = optimizer.functional(model)
+    selected = selected_weights(model).values()
+    expected = {id(p) for p in model.parameters()} - {id(weight) for weight in selected}
+    expected |= {id(factor) for weight in selected for factor in optimizer.factors(weight)}
+    assert {id(p) for p in f.parameters()} == expected
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def scaled_run(scaler: torch.amp.GradScaler | None, infinite: tuple[int, ...] = ()) -> dict[str, Any]:
+    model = mlp()
+    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=3)
+    optimizer = relora(model, schedule=schedule, max_grad_norm=0.5)
+    for u in range(12):
+        for factor in (1.0, float("inf")) if u in infinite else (1.0,):
+            loss = mse(model, *batch(u)) * factor
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.num_updates == u + 1
+    assert optimizer.num_restarts == 2
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def test_under_a_grad_scaler_the_dense_path_is_bitwise_the_unscaled_one_and_skips_do_not_count() -> None:
+    """Bitwise, because scales are powers of two and nothing here overflows or underflows."""
+    assert not differences(scaled_run(torch.amp.GradScaler("cpu", init_scale=2.0**10)), scaled_run(None))
+    skipping = scaled_run(torch.amp.GradScaler("cpu", init_scale=2.0**10), infinite=(1, 3, 6, 7))
+    assert not differences(skipping, scaled_run(None))
+
+
+def test_a_grad_scaler_that_unscales_by_itself_before_clipping_is_not_unscaled_twice() -> None:
+    runs = []
+    for scaled in (True, False):
+        model = mlp()
+        optimizer = relora(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for u in range(3):
+            scaler.scale(mse(model, *batch(u))).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        runs.append(model.state_dict())
+    assert not differences(*runs)
+
+
+def test_factor_gradients_of_the_functional_path_under_a_grad_scaler_are_refused_by_name() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    f = optimizer.functional(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(mse(f, *batch(0))).backward()
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_a_manual_restart_counts_and_the_periodic_ones_stay_in_place() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(6, restart_warmup=2))
+    step = stepper("step", optimizer, model)
+    restarts = []
+    for u in range(1, 15):
+        step(*batch(u))
+        if u == 3:
+            optimizer.restart()
+        restarts.append(optimizer.num_restarts)
+    assert restarts == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]
+
+
+def test_hooks_and_schedulers_see_every_update_of_make_step_once() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append("global"))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    step = optimizer.make_step(model, mse, compile=False)
+    step(*batch(0))
+    handle.remove()
+    scheduler.step()
+    assert sorted(seen) == ["after", "before", "global"]
+
+
+def test_a_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned() -> None:
+    runs = []
+    for with_closure in (True, False):
+        model = mlp()
+        optimizer = relora(model, schedule=jagged_schedule(3, 1, 2))
+        calls = []
+        for u in range(7):
+
+            def closure(u: int = u, model: nn.Module = model, optimizer: Any = optimizer, calls: Any = calls) -> Tensor:
+                assert torch.is_grad_enabled()
+                calls.append(u)
+                optimizer.zero_grad()
+                loss = mse(model, *batch(u))
+                loss.backward()
+                return loss
+
+            expected = mse(model, *batch(u)).detach()
+            if with_closure:
+                with torch.no_grad():
+                    assert torch.equal(optimizer.step(closure).detach(), expected)
+            else:
+                closure()
+                assert optimizer.step() is None
+        assert calls == list(range(7))
+        runs.append({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert not differences(*runs)
