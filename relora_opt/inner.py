@@ -1,22 +1,25 @@
 """The base optimizer inside: built over factors and dense parameters, stepped without its hooks, and made fresh.
 
     Base          what the user gave, class or factory, with its keyword arguments: groups -> Optimizer
+    Inner         the base optimizer over factors and dense parameters, whose state lives in the outer optimizer's
     step          one update of a base optimizer that fires no step hook (the outer optimizer's fire once)
     FreshState    turns a used state of one factor into what a fresh base optimizer would start from
 
-This file does not know ranks, clocks or models.
+This file does not know clocks or models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .state import is_low_rank
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -56,6 +59,43 @@ class Base:
             if not math.isfinite(float(group.get("lr", math.nan))):
                 raise ValueError(f"lr={group.get('lr')} must be a finite number: the schedule multiplies it")
         return optimizer
+
+
+class Inner:
+    """The base optimizer over factors and dense parameters, with one group for each of the outer optimizer's.
+
+    It works on the very dictionaries that the outer optimizer's `state` holds: they are linked, not copied.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._optimizer: Optimizer | None = None
+        self._key: list[int] = []
+
+    def current(self, groups: list[Group], state: Any) -> Optimizer:
+        """Return the base optimizer, built anew where its parameters have changed."""
+        lists = [list(_trained(group, state)) for group in groups]
+        key = [id(p) for parameters in lists for p in parameters]
+        if self._optimizer is None or key != self._key:
+            own = [{**group, "params": parameters} for group, parameters in zip(groups, lists, strict=True)]
+            self._optimizer, self._key = self._base.build(own), key
+            for holder, name, parameter in _links(groups, state):
+                if holder.get(name):
+                    self._optimizer.state[parameter] = holder[name]
+        return self._optimizer
+
+    def set_rates(self, groups: list[Group], rates: list[Any]) -> list[float]:
+        """Copy the outer groups' options into the base's, with these effective rates; return the rates as numbers."""
+        assert self._optimizer is not None
+        for group, own, rate in zip(groups, self._optimizer.param_groups, rates, strict=True):
+            own.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
+        return [float(rate) for rate in rates]
+
+    def adopt(self, groups: list[Group], state: Any) -> None:
+        """Hold in `state` what the base holds: it may have made state, or replaced a dictionary."""
+        assert self._optimizer is not None
+        for holder, name, parameter in _links(groups, state):
+            holder[name] = self._optimizer.state[parameter]
 
 
 def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -116,6 +156,24 @@ def _zero_(state: State) -> None:
             value.zero_()
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             state[key] = type(value)(0)
+
+
+def _trained(group: Group, state: Any) -> Iterator[Tensor]:
+    """Yield what the base trains of an outer group: the factors of low-rank weights, and the other parameters."""
+    for p in group["params"]:
+        entry = state.get(p)
+        yield from (entry["A"], entry["B"]) if is_low_rank(entry) else (p,)
+
+
+def _links(groups: list[Group], state: Any) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Yield where the base's state of every trained tensor lives: holder[name]."""
+    for p in (p for group in groups for p in group["params"]):
+        entry = state.get(p)
+        if is_low_rank(entry):
+            yield entry, "A_state", entry["A"]
+            yield entry, "B_state", entry["B"]
+        else:
+            yield state, p, p
 
 
 def _ids(group: Group) -> list[int]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import inner
+from . import gradients, inner
 from . import prune as pruning
 from .factors import INITS, draw_generator, product
 from .schedule import JaggedSchedule
@@ -32,6 +32,7 @@ from .select import LowRank, Params, Slot, Targets, resolve_groups
 from .state import (
     CLOCK,
     Entry,
+    LowRankState,
     check_loadable,
     detached,
     is_low_rank,
@@ -41,7 +42,6 @@ from .state import (
     new_entry,
     redraw_,
 )
-from .weight import project
 
 if TYPE_CHECKING:
     from .step import FunctionalModel, Step
@@ -137,7 +137,8 @@ class ReLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: for factor gradients of the functional path under a GradScaler.
         """
-        passes_closure = isinstance(self._current_inner(), torch.optim.LBFGS)
+        base = self._inner.current(self.param_groups, self.state)
+        passes_closure = isinstance(base, torch.optim.LBFGS)
         loss = None
         if closure is not None and not passes_closure:
             with torch.enable_grad():
@@ -146,20 +147,18 @@ class ReLoRAOptimizer(Optimizer):
             return loss
         counts = not self._is_phantom()
         self._make_entries()
-        base = self._current_inner()
-        own_gradients = self._add_projections()
-        if self.max_grad_norm is not None:
-            parameters = [p for group in base.param_groups for p in group["params"]]
-            self.grad_norm: Tensor | None = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        self._set_rates(base)
-        before = {W: (entry["A"].clone(), entry["B"].clone()) for W, entry in self._moving_entries()}
-        result = inner.step(base, closure if passes_closure else None)
-        for W, _, group in self._selected() if counts else ():
-            if W in before:
-                move_weight_(W, self.state[W], before[W], group["scale"])
-        for factor, gradient in own_gradients:
-            factor.grad = gradient
-        self._adopt_state(base)
+        base = self._inner.current(self.param_groups, self.state)
+        with gradients.projected(self._low_rank_weights()):
+            if self.max_grad_norm is not None:
+                parameters = [p for group in base.param_groups for p in group["params"]]
+                self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self._last_lr = self._inner.set_rates(self.param_groups, self._rates())
+            moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
+            before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
+            result = inner.step(base, closure if passes_closure else None)
+            for weight, old in zip(moving, before, strict=True):
+                move_weight_(weight.W, weight.entry, old, weight.scale)
+        self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
         return result if passes_closure else loss
@@ -328,8 +327,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def has_finite_gradients(self) -> bool:
         """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
-        parameters = (*(p for group in self.param_groups for p in group["params"]), *self._all_factors())
-        return bool(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite())
+        return gradients.are_finite((*self._parameters(), *self._all_factors()))
 
     def functional(self, model: nn.Module) -> FunctionalModel:
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
@@ -374,8 +372,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""
-        self._inner: Optimizer | None = None
-        self._inner_key: list[int] = []
+        self._inner = inner.Inner(self._base)
         self._drafts: dict[Tensor, Entry] = {}
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
         self._last_lr: list[float] = []
@@ -383,7 +380,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""
-        self._inner = None
+        self._inner = inner.Inner(self._base)
         for functional in self._functionals:
             functional.register_phase(self)
 
@@ -394,6 +391,13 @@ class ReLoRAOptimizer(Optimizer):
         for group, slots in zip(self.param_groups, self._slots, strict=True):
             if group["rank"]:
                 yield from (_Selected(W, slot, group) for W, slot in zip(group["params"], slots, strict=True))
+
+    def _low_rank_weights(self) -> Iterator[LowRankState]:
+        """Yield the selected weights that have factors."""
+        for W, _, group in self._selected():
+            entry = self.state.get(W)
+            if is_low_rank(entry):
+                yield LowRankState(W, entry, group["scale"])
 
     def _entry(self, selected: _Selected) -> Entry:
         """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
@@ -412,71 +416,10 @@ class ReLoRAOptimizer(Optimizer):
                 self.state[selected.W] = self._entry(selected)
             self._drafts.clear()
 
-    def _moving_entries(self) -> Iterator[tuple[Tensor, Entry]]:
-        """Yield the low-rank weights whose factors have a gradient."""
-        for W, _, _ in self._selected():
-            entry = self.state.get(W)
-            if entry is not None and is_low_rank(entry) and any(entry[key].grad is not None for key in ("A", "B")):
-                yield W, entry
-
     def _all_factors(self) -> Iterator[Tensor]:
         for entry in (*self.state.values(), *self._drafts.values()):
             if is_low_rank(entry):
                 yield from (entry["A"], entry["B"])
-
-    def _add_projections(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Add the projection of every dense gradient to its factors' gradients; return what these were before."""
-        before: list[tuple[Tensor, Tensor | None]] = []
-        for W, _, group in self._selected():
-            entry = self.state.get(W)
-            if W.grad is None or entry is None or not is_low_rank(entry):
-                continue
-            A, B = entry["A"], entry["B"]
-            before += [(A, A.grad), (B, B.grad)]
-            for factor, gradient in zip((A, B), project(W.grad, A, B, group["scale"]), strict=True):
-                factor.grad = gradient if factor.grad is None else factor.grad + gradient
-        return before
-
-    def _current_inner(self) -> Optimizer:
-        """Return the base optimizer over factors and dense parameters, built anew where these have changed."""
-        lists = [list(self._inner_parameters(group)) for group in self.param_groups]
-        key = [id(p) for parameters in lists for p in parameters]
-        if self._inner is None or key != self._inner_key:
-            groups = [
-                {**group, "params": parameters} for group, parameters in zip(self.param_groups, lists, strict=True)
-            ]
-            self._inner, self._inner_key = self._base.build(groups), key
-            self._link_state(self._inner)
-        return self._inner
-
-    def _inner_parameters(self, group: Group) -> Iterator[Tensor]:
-        for p in group["params"]:
-            entry = self.state.get(p)
-            if entry is not None and is_low_rank(entry):
-                yield from (entry["A"], entry["B"])
-            else:
-                yield p
-
-    def _link_state(self, base: Optimizer) -> None:
-        """Let the base work on the very dictionaries that `self.state` holds."""
-        for entry, key, parameter in self._links():
-            if entry.get(key):
-                base.state[parameter] = entry[key]
-
-    def _adopt_state(self, base: Optimizer) -> None:
-        """Hold what the base holds: it may have made state, or replaced a dictionary."""
-        for entry, key, parameter in self._links():
-            entry[key] = base.state[parameter]
-
-    def _links(self) -> Iterator[tuple[Any, Any, Tensor]]:
-        for group in self.param_groups:
-            for p in group["params"]:
-                entry = self.state.get(p)
-                if entry is not None and is_low_rank(entry):
-                    yield entry, "A_state", entry["A"]
-                    yield entry, "B_state", entry["B"]
-                else:
-                    yield self.state, p, p
 
     def _rates(self) -> list[Any]:
         """Return the effective rate of every group in the coming update."""
@@ -485,13 +428,6 @@ class ReLoRAOptimizer(Optimizer):
             group["lr"] * (multiplier * group["factor_lr"] if is_low_rank_phase else multiplier)
             for group in self.param_groups
         ]
-
-    def _set_rates(self, base: Optimizer) -> None:
-        """Copy the groups' options into the base's groups, with the effective rates."""
-        rates = self._rates()
-        for group, base_group, rate in zip(self.param_groups, base.param_groups, rates, strict=True):
-            base_group.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
-        self._last_lr = [float(rate) for rate in rates] if not any(isinstance(r, Tensor) for r in rates) else []
 
     def _tick(self) -> None:
         """Count the update that was made; switch or restart where it is due."""
@@ -527,7 +463,7 @@ class ReLoRAOptimizer(Optimizer):
                 pruning.prune_(state, factor.shape, self.prune, reset_=fresh[kind].reset_, generator=generator)
 
     def _amp_skips(self) -> bool:
-        """Do a GradScaler's work: unscale the dense gradients, and say whether the update must be skipped."""
+        """Do a GradScaler's work, where there is one, and say whether the update must be skipped."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             return False
@@ -536,18 +472,18 @@ class ReLoRAOptimizer(Optimizer):
                 "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
                 "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
             )
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-                p.grad.div_(grad_scale.to(p.grad.device))
+        gradients.unscale_(self._parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def _is_phantom(self) -> bool:
         """Say whether this is the step by which torch.distributed.checkpoint makes state: it changes nothing."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+        found = [p.grad for p in self._parameters() if p.grad is not None]
+        return bool(found) and not any(bool(gradient.any()) for gradient in found)
 
 
 _OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots")

@@ -10,7 +10,7 @@ it. "master" is the float32 value of a 16-bit weight, to which updates too small
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,37 @@ FORMAT = 1
 CLOCK = ("num_updates", "num_restarts", "last_restart")
 
 
+class LowRankState(NamedTuple):
+    """A low-rank weight W with its state and its scale s."""
+
+    W: Tensor
+    entry: Entry
+    scale: float
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        """(r, n)"""
+        A: Tensor = self.entry["A"]
+        return A
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """(m, r)"""
+        B: Tensor = self.entry["B"]
+        return B
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a factor has a gradient, so that the base will move it."""
+        return self.A.grad is not None or self.B.grad is not None
+
+
 def new_clock() -> dict[str, int]:
     """Return the counters of a run that has not begun, with the format's number."""
     return {**dict.fromkeys(CLOCK, 0), "relora_format": FORMAT}
 
 
-def is_low_rank(entry: Entry | None) -> bool:
+def is_low_rank(entry: Entry | None) -> TypeGuard[Entry]:
     """Say whether a parameter's state holds factors."""
     return entry is not None and "A" in entry
 
@@ -59,12 +84,10 @@ def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: flo
     if master is None:
         move_(W, old, new, scale)
         return
-    is_current = getattr(master, "weight_version", None) == W._version
-    if not is_current and not torch.equal(master.to(W.dtype), W):
-        master.copy_(W)  # somebody wrote into W since (loaded weights, say): their value counts
+    # Where somebody has written into W since (loaded weights, say), their value counts.
+    master.copy_(torch.where(master.to(W.dtype) == W, master, W.to(master.dtype)))
     move_(master, old, new, scale)
     W.copy_(master)
-    master.weight_version = W._version
 
 
 def detached(entry: Entry) -> Entry:
