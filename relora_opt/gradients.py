@@ -15,8 +15,8 @@ from .weight import project
 def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     """Add the projection of every dense gradient W.grad to the factors' gradients, for as long as this is open.
 
-    What the functional path has put into the factors' gradients stays in them afterwards; the projections do not, so that
-    a gradient which accumulates over several calls counts once in each.
+    What the functional path has put into the factors' gradients stays in them afterwards; the projections do not, so
+    that a gradient which accumulates over several calls counts once in each.
     """
     before: list[tuple[Tensor, Tensor | None]] = []
     for W, entry, scale in weights:

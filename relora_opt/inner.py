@@ -71,14 +71,15 @@ class Inner:
         self._base = base
         self._optimizer: Optimizer | None = None
         self._key: list[int] = []
+        self._has_adopted = False
 
     def current(self, groups: list[Group], state: Any) -> Optimizer:
-        """Return the base optimizer, built anew where its parameters have changed."""
+        """Return the base optimizer, built anew where its parameters or the state that it is linked to have changed."""
         lists = [list(_trained(group, state)) for group in groups]
         key = [id(p) for parameters in lists for p in parameters]
-        if self._optimizer is None or key != self._key:
+        if self._optimizer is None or key != self._key or not self._is_linked(groups, state):
             own = [{**group, "params": parameters} for group, parameters in zip(groups, lists, strict=True)]
-            self._optimizer, self._key = self._base.build(own), key
+            self._optimizer, self._key, self._has_adopted = self._base.build(own), key, False
             for holder, name, parameter in _links(groups, state):
                 if holder.get(name):
                     self._optimizer.state[parameter] = holder[name]
@@ -96,6 +97,13 @@ class Inner:
         assert self._optimizer is not None
         for holder, name, parameter in _links(groups, state):
             holder[name] = self._optimizer.state[parameter]
+        self._has_adopted = True
+
+    def _is_linked(self, groups: list[Group], state: Any) -> bool:
+        """Say whether nobody has replaced or cleared the outer state since it was adopted."""
+        assert self._optimizer is not None
+        own = self._optimizer.state
+        return not self._has_adopted or all(h.get(name) is own.get(p) for h, name, p in _links(groups, state))
 
 
 def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:

@@ -90,6 +90,9 @@ class ReLoRAOptimizer(Optimizer):
     1
     """
 
+    grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
+    _last_lr: list[float]
+
     def __init__(
         self,
         params: Params,
@@ -375,7 +378,7 @@ class ReLoRAOptimizer(Optimizer):
         self._inner = inner.Inner(self._base)
         self._drafts: dict[Tensor, Entry] = {}
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
-        self._last_lr: list[float] = []
+        self._last_lr = []
         self.grad_norm = None
 
     def _changed(self) -> None:
