@@ -96,13 +96,15 @@ class _LowRankLinear(torch.autograd.Function):
     """y = x W^T + bias forward; backward gives dx, dA, dB and dbias, and never g^T x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, is_matmul: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
         ctx.scale = scale
-        # The two may differ in the last bit where x is not contiguous: the caller gets the one that was written.
-        return torch.matmul(x, W.t()) if is_matmul else F.linear(x, W, bias)
+        if x.dim() > 2 and (bias is None or not x.is_contiguous()):
+            # As torch does where W requires a gradient, which the W in here does not: one product of matrices. A batch
+            # of them differs in the last bit, and is slower.
+            y = (x.reshape(-1, x.shape[-1]) @ W.t()).view(*x.shape[:-1], W.shape[0])
+            return y if bias is None else y + bias
+        return F.linear(x, W, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -116,7 +118,7 @@ class _LowRankLinear(torch.autograd.Function):
             dbias = rows.sum(0)
         dA = ((rows @ B).mT @ x_rows) * ctx.scale
         dB = (rows.mT @ (x_rows @ A.mT)) * ctx.scale
-        return dx, None, dbias, dA, dB, None, None
+        return dx, None, dbias, dA, dB, None
 
 
 class _Product(NamedTuple):
@@ -125,16 +127,15 @@ class _Product(NamedTuple):
     x: Tensor
     weight: LowRankWeight
     bias: Tensor | None
-    is_matmul: bool
 
 
-def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None, is_matmul: bool) -> Tensor:
+def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
     x, bias = pytree.tree_map_only(LowRankWeight, _universal, (x, bias))
     dtype = _compute_dtype(weight.dense)
     x = x.to(dtype) if torch.is_autocast_enabled(weight.dense.device.type) else x
     bias = bias if bias is None else bias.to(dtype)
     A, B = weight.A.to(dtype), weight.B.to(dtype)
-    y: Tensor = _LowRankLinear.apply(x, weight.dense.to(dtype), bias, A, B, weight.scale, is_matmul)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRankLinear.apply(x, weight.dense.to(dtype), bias, A, B, weight.scale)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -172,7 +173,7 @@ def _as_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             return None
     if not (isinstance(weight, LowRankWeight) and isinstance(x, Tensor)) or weight.dense.dim() != 2 or x.dim() < 1:
         return None
-    return _Product(x, weight, bias, func in _MATMULS)
+    return _Product(x, weight, bias)
 
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
