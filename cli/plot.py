@@ -100,7 +100,8 @@ def _curves(rows: list[Row], *, title: str) -> Figure:
     figure = new_figure()
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _draw_losses(losses, rows)
-    rates.plot(*_series(rows, "lr"), color=COLOURS[2], linewidth=1.4)
+    trained = [row for row in rows if row.update > 0]  # nothing was trained at the rate of update 0
+    rates.plot(*_series(trained, "lr"), color=COLOURS[2], linewidth=1.4)
     rates.set(xlabel="updates", ylabel="effective learning rate", ylim=(0, None))
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rates.xaxis.set_major_formatter("{x:,.0f}")
@@ -232,7 +233,7 @@ def _crop(axes: Axes, curves: list[tuple[list[int], list[float]]]) -> None:
     if len(settled) < _MANY or top == low or high - low <= _FLATTENED * (top - low):
         return
     margin = 0.05 * (top - low)
-    axes.set_ylim(low - margin, top + margin)
+    axes.set_ylim(low - margin, top + 3 * margin)  # room for the label of the switch
     note = f"not shown: the first losses, up to {high:.2f}"
     axes.text(0.01, 0.02, note, transform=axes.transAxes, color="0.35", fontsize="small", bbox=_BACKDROP)
 

@@ -152,10 +152,10 @@ class View:
         self._console.print(text, markup=False, highlight=False, soft_wrap=self._live is None)
 
     def _mark(self, update: int) -> None:
-        """Remember when the update was reached, for as long as the estimate of the time left looks back."""
+        """Remember when the update was reached: the time left follows from the last minute, or rows if they are few."""
         now = time.monotonic()
         self._marks.append((now, update))
-        while len(self._marks) > 2 and now - self._marks[0][0] > _ETA_SECONDS:
+        while len(self._marks) > _ETA_ROWS and now - self._marks[0][0] > _ETA_SECONDS:
             self._marks.popleft()
 
     def _eta(self) -> str:
@@ -194,7 +194,8 @@ class View:
         numbers = f"update {update:,}/{self._total:,}  eta {self._eta()}"
         bar = ProgressBar(max(1, self._total), update, width=max(4, width - len(phase) - len(numbers) - 4))
         table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_row(Text(phase, style="bold"), bar, Text(numbers, no_wrap=True, overflow="ellipsis"))
+        table.width = width
+        table.add_row(Text(phase, style="bold", no_wrap=True), bar, Text(numbers, no_wrap=True, overflow="ellipsis"))
         return table
 
 
@@ -355,11 +356,11 @@ def _loss_and_perplexity(loss: float) -> str:
 
 def _bytes(number: float) -> str:
     """Return a number of bytes in units of 1000, as disks and memory profilers print them."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:,.3g} TB"
+    return f"{number:.3g} PB"
 
 
 def _duration(seconds: float) -> str:
@@ -370,11 +371,15 @@ def _duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-_FACTS = ("loss (smoothed)", "val loss", "learning rate", "gradient norm", "tokens/s", "memory", "cycle", "restart in")
+_FACTS = (
+    *("loss (smoothed)", "val loss", "learning rate"),
+    *("gradient norm", "tokens/s", "memory"),
+    *("cycle", "restart in", "elapsed"),
+)
 _FACT_WIDTH = 29  # "restart in 10,000 updates" and a gap
 _PANEL_WIDTH = 100
 _LINES = 30
-_ETA_SECONDS = 60.0
+_ETA_SECONDS, _ETA_ROWS = 60.0, 50
 _PHASES = {"warm_start": "warm start", "low_rank": "low rank", "full_rank": "full rank"}
 _NUMBER_OR_NULL = (int, float, type(None))
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -136,10 +136,11 @@ def plot_spectrum(rows: list[KindSpectrum], out: Path) -> Path:
     num_columns = math.ceil(math.sqrt(len(rows)))
     num_rows = math.ceil(len(rows) / num_columns)
     panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
-    top = max(row.largest for row in rows)
+    largest = [row.largest for row in rows if row.largest > 0] or [1.0]
+    limits = (min(largest) * _FLOOR, max(largest) * 2)
     for axes, row in zip(panels, rows, strict=False):
         _draw(axes, row)
-        axes.set(yscale="log", ylim=(top * _FLOOR, top * 2) if top > 0 else (1e-3, 1))
+        axes.set(yscale="log", ylim=limits)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
     figure.suptitle("Singular values of the weight change, by kind of layer", fontweight="bold")
@@ -226,5 +227,5 @@ def _short_names(paths: set[str]) -> dict[str, str]:
     return {path: next((end for end in ends(path) if counts[end] == 1), path) for path in paths}
 
 
-_FLOOR = 1e-5  # of the largest singular value: smaller ones are float32 rounding
+_FLOOR = 1e-4  # of the largest singular value: smaller ones are near float32 rounding
 _FLOATING = ("F64", "F32", "F16", "BF16")

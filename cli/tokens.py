@@ -4,7 +4,7 @@ A stream is every document's tokens followed by end-of-text, one document after 
 spelled out in a document are ordinary text: only packing writes an end-of-text.
 
 The cache is keyed by what goes in (texts, vocabulary size, the tokenizer's contents, a format number), so a changed
-text or tokenizer finds nothing. Entries appear whole or not at all, streams carry a checksum, and whatever is wrong
+text or tokenizer finds nothing. Entries appear whole or not at all and carry a checksum, and whatever is wrong
 with an entry, or with the cache's folder, means building again and never an error.
 """
 
@@ -98,11 +98,13 @@ def cached_tokenizer(texts: list[str], *, vocab_size: int, folder: Path | None) 
     """Return `fit_tokenizer`'s answer, from the cache in `folder` where it is there. None: no cache."""
     if folder is None:
         return fit_tokenizer(texts, vocab_size=vocab_size)
-    path = folder / f"tokenizer-{fingerprint([_FORMAT, tokenizers.__version__, str(vocab_size), *texts])}.json"
-    with suppress(UserError):
-        return load_tokenizer(path)
+    path = folder / f"tokenizer-{fingerprint([_FORMAT, tokenizers.__version__, str(vocab_size), *texts])}"
+    cached = _load_tokenizer(path)
+    if cached is not None:
+        return cached
     tokenizer = fit_tokenizer(texts, vocab_size=vocab_size)
-    _publish(path, lambda new: tokenizer.save(str(new)))
+    contents = tokenizer.to_str()
+    _publish(path, lambda new: new.write_text(f"{fingerprint([contents])}\n{contents}", encoding="utf-8"))
     return tokenizer
 
 
@@ -188,6 +190,14 @@ def _checksum(stream: Stream) -> str:
     return hashlib.sha256(stream.tobytes()).hexdigest()
 
 
+def _load_tokenizer(path: Path) -> Tokenizer | None:
+    try:
+        checksum, _, contents = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return Tokenizer.from_str(contents) if checksum == fingerprint([contents]) else None
+
+
 def _save_stream(path: Path, documents: list[Stream], *, checksum: str) -> None:
     """Write one row a document."""
     with quiet_datasets() as datasets:
@@ -208,7 +218,7 @@ def _load_stream(path: Path) -> Stream | None:
         return None
 
 
-def _publish(path: Path, write: Callable[[Path], None]) -> None:
+def _publish(path: Path, write: Callable[[Path], object]) -> None:
     """Put what `write` makes at `path`, whole or not at all. An unwritable cache is no cache."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,7 @@ def test_a_tied_weight_loads_under_either_name(stored: str, tmp_path: Path) -> N
     if stored == "both":
         weights["lm_head.weight"] += 1
         save_file(weights, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match="two different values for .*: set tie_word_embeddings to false"):
+        with pytest.raises(UserError, match=r"two different values for .*: set tie_word_embeddings to false"):
             load_weights(loaded, tmp_path)
 
 

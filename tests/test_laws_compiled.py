@@ -141,3 +141,15 @@ def test_a_compiled_model_trains_on_the_dense_path() -> None:
         assert optimizer.factors(model.first.weight)
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_compiled_step_with_activation_checkpointing_equals_the_eager_one_without() -> None:
+    plain, checkpointed = mlp(torch.float64), mlp(torch.float64, use_reentrant=False)
+    optimizers = [relora(model, "SGD", schedule=JaggedSchedule(3)) for model in (plain, checkpointed)]
+    steps = [stepper("step", optimizers[0], plain), stepper("compiled", optimizers[1], checkpointed)]
+    for u in range(5):
+        for step in steps:
+            step(*batch(u, torch.float64))
+    for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

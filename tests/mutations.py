@@ -1,0 +1,337 @@
+"""Prove that the laws can fail: break the library in one place at a time and require that some test goes red.
+
+    python tests/mutations.py [WORD]      all mutations, or those with WORD in their name
+
+Each mutation replaces one text of one file in a copy of the package and of the tests, made in a temporary folder, and
+runs the named tests there; the process asserts that it imported the copy. Exit status 1 if a mutant survives, if its
+tests cannot run, or if they fail without it.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEN, RED = 0, 1  # pytest's exit statuses; anything else is no answer
+RUN = """
+import pathlib, sys, pytest, relora_opt
+here = pathlib.Path.cwd().resolve()
+assert here in pathlib.Path(relora_opt.__file__).resolve().parents, f"{relora_opt.__file__} is not the copy in {here}"
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One text replaced in one file, and the tests, `file -k expression`, that must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+    def fits(self, package: Path) -> bool:
+        """Whether the text to replace stands in the file exactly once."""
+        return (package / self.file).read_text().count(self.old) == 1
+
+    def apply(self, package: Path) -> None:
+        path = package / self.file
+        assert self.fits(package), f"{self.name}: {self.file} does not hold this text exactly once: {self.old!r}"
+        path.write_text(path.read_text().replace(self.old, self.new))
+
+
+FIRST_UPDATE = "test_the_first_update_after_wrapping"
+WALK = "test_every_path_equals_the_reference and AdamW and float64"
+
+MUTATIONS = (
+    Mutation(
+        "drop the gradient of B in products",
+        "weight.py",
+        "dB = (rows.mT @ (x_rows @ A.mT)) * ctx.scale",
+        "dB = torch.zeros_like(B)",
+        ("test_laws.py", f"{FIRST_UPDATE} and functional"),
+    ),
+    Mutation(
+        "drop the gradient of A in products",
+        "weight.py",
+        "dA = ((rows @ B).mT @ x_rows) * ctx.scale",
+        "dA = torch.zeros_like(A)",
+        ("test_laws_ops.py", "any_expression and linear"),
+    ),
+    Mutation(
+        "drop the gradient of B in projections",
+        "weight.py",
+        "return (B.mT @ G) * scale, (G @ A.mT) * scale",
+        "return (B.mT @ G) * scale, torch.zeros_like(B)",
+        ("test_laws.py", f"{FIRST_UPDATE} and dense"),
+    ),
+    Mutation(
+        "forget the scale",
+        "weight.py",
+        "dA = ((rows @ B).mT @ x_rows) * ctx.scale",
+        "dA = (rows @ B).mT @ x_rows",
+        ("test_laws_reference.py", f"{WALK} and functional"),
+    ),
+    Mutation(
+        "forget the bias",
+        "weight.py",
+        "else F.linear(x, W, bias)",
+        "else F.linear(x, W)",
+        ("test_laws.py", "test_wrapping_leaves_the_output"),
+    ),
+    Mutation(
+        "hand an unknown operation the bare tensor",
+        "weight.py",
+        "pytree.tree_map_only(LowRankWeight, _universal, (args, kwargs))\n        return func",
+        "pytree.tree_map_only(LowRankWeight, lambda weight: weight.dense, (args, kwargs))\n        return func",
+        ("test_laws_ops.py", "any_module and conv2d"),
+    ),
+    Mutation(
+        "differentiate twice through the bare weight",
+        "weight.py",
+        "(_projected(W, A, B, ctx.scale) if torch.is_grad_enabled() else W)",
+        "W",
+        ("test_laws_autograd.py", "gradient_penalty"),
+    ),
+    Mutation(
+        "redraw A from the global generator",
+        "factors.py",
+        "A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)",
+        "A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n))",
+        ("test_laws_resume.py", "continuing_from_a_file and dense and float32 and SGD"),
+    ),
+    Mutation(
+        "zero A as well as B",
+        "state.py",
+        '"A": nn.Parameter(A)',
+        '"A": nn.Parameter(torch.zeros_like(A))',
+        ("test_laws.py", FIRST_UPDATE),
+    ),
+    Mutation(
+        "merge at a restart",
+        "state.py",
+        'entry["B"].zero_()',
+        'W.add_((entry["B"] @ entry["A"]).to(W.dtype).view(W.shape)); entry["B"].zero_()',
+        ("test_laws.py", "test_a_restart_leaves_the_output"),
+    ),
+    Mutation(
+        "keep B at a restart",
+        "state.py",
+        'entry["B"].zero_()',
+        "pass",
+        ("test_laws.py", "test_a_restart_leaves_the_output"),
+    ),
+    Mutation(
+        "do without the float32 master",
+        "state.py",
+        "if factor_dtype(W.dtype) != W.dtype:",
+        "if False:",
+        ("test_memory_of_16bit.py", "2000_recorded_gradients"),
+    ),
+    Mutation(
+        "move the weight twice",
+        "factors.py",
+        "W.addmm_(left, right, alpha=scale)",
+        "W.addmm_(left, right, alpha=2 * scale)",
+        ("test_laws_reference.py", WALK),
+    ),
+    Mutation(
+        "keep the factors' state at a restart",
+        "prune.py",
+        "if isinstance(strategy, Keep) or not state:",
+        "if True:",
+        ("test_laws_prune.py", "fresh_base_optimizers_bitwise and AdamW"),
+    ),
+    Mutation(
+        "keep Adam's step at a reset",
+        "inner.py",
+        "            _zero_(state)\n        elif",
+        '            _zero_({key: value for key, value in state.items() if key != "step"})\n        elif',
+        ("test_laws_prune.py", "fresh_base_optimizers_bitwise and AdamW"),
+    ),
+    Mutation(
+        "take zeros for a fresh state, whichever the base",
+        "inner.py",
+        "self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)",
+        "self._zero_is_fresh = True",
+        ("test_laws_prune.py", "fresh_base_optimizers_bitwise and (Rprop or NAdam or dampening or Adagrad)"),
+    ),
+    Mutation(
+        "prune every moment by a mask of its own",
+        "prune.py",
+        "moment.mul_(kept.to(moment.dtype))",
+        "moment.mul_(_largest(moment.abs(), int(kept.sum())).to(moment.dtype))",
+        ("test_laws_prune.py", "one_mask_for_every_moment"),
+    ),
+    Mutation(
+        "keep every tie",
+        "prune.py",
+        "mask[order[:count]] = True",
+        "mask |= scores.flatten() >= scores.flatten()[order[count - 1]]",
+        ("test_laws_prune.py", "among_ties"),
+    ),
+    Mutation(
+        "restart one update late",
+        "optimizer.py",
+        "self.schedule.restarts_after(self.num_updates)",
+        "self.schedule.restarts_after(self.num_updates - 1)",
+        ("test_laws_reference.py", WALK),
+    ),
+    Mutation(
+        "start the ramp one update late",
+        "schedule.py",
+        "since = update - start\n        ramps",
+        "since = update - start - 1\n        ramps",
+        ("test_laws_schedule.py", "multiplier_is_the_formula"),
+    ),
+    Mutation(
+        "ramp from the first update on",
+        "schedule.py",
+        "ramps = start > 0 and since",
+        "ramps = since",
+        ("test_laws_schedule.py", "multiplier_is_the_formula"),
+    ),
+    Mutation(
+        "forget factor_lr",
+        "optimizer.py",
+        'multiplier * group["factor_lr"]',
+        "multiplier",
+        ("test_laws_schedule.py", "the_base_sees"),
+    ),
+    Mutation(
+        "forget to clip",
+        "optimizer.py",
+        "            if self.max_grad_norm is not None:\n",
+        "            if False:\n",
+        ("test_laws_reference.py", WALK),
+    ),
+    Mutation(
+        "drop all state at the switch",
+        "optimizer.py",
+        "self.state.pop(selected.W, None)",
+        "self.state.clear()",
+        ("test_laws.py", "unselected_state_survives"),
+    ),
+    Mutation(
+        "touch unselected parameters' state at a restart",
+        "optimizer.py",
+        "for W, slot, group in self._selected():\n            entry = self.state[W]\n            for key",
+        "[inner._zero_(entry) for entry in self.state.values()]\n"
+        "        for W, slot, group in self._selected():\n            entry = self.state[W]\n            for key",
+        ("test_laws.py", "untouched_by_a_restart"),
+    ),
+    Mutation(
+        "count the phantom step of distributed checkpoint",
+        "optimizer.py",
+        "counts = not self._is_phantom()",
+        "counts = True",
+        ("test_laws_resume.py", "phantom"),
+    ),
+    Mutation(
+        "make and count what GradScaler skips",
+        "optimizer.py",
+        "return bool(found_inf)",
+        "return False",
+        ("test_laws_step.py", "grad_scaler_the_dense_path"),
+    ),
+    Mutation(
+        "forget to unscale",
+        "gradients.py",
+        "p.grad.div_(grad_scale.to(p.grad.device))",
+        "pass",
+        ("test_laws_step.py", "grad_scaler_the_dense_path"),
+    ),
+    Mutation(
+        "make and count non-finite updates",
+        "step.py",
+        "if not self.skip_nonfinite or ",
+        "if True or ",
+        ("test_laws_step.py", "skip_nonfinite"),
+    ),
+    Mutation(
+        "sum micro-batches instead of averaging",
+        "step.py",
+        "(loss / self.accumulate).backward()\n        return",
+        "loss.backward()\n        return",
+        ("test_laws_step.py", "accumulating_k"),
+    ),
+    Mutation(
+        "swap the weights back before the backward pass",
+        "step.py",
+        "        if self._swap is None:\n",
+        "        if False:\n",
+        ("test_laws_autograd.py", "activation_checkpointing and functional"),
+    ),
+    Mutation(
+        "let loading cast factors to the weight's dtype",
+        "optimizer.py",
+        "self.state[W] = loaded(saved, live.get(W), W.device)",
+        "pass",
+        ("test_laws_resume.py", "continuing_from_a_file and dense and bfloat16 and SGD"),
+    ),
+)
+
+
+def run_tests(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    """Run pytest in a copy; return its exit status and its first failure, or else the last line of its output."""
+    command = [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rf", *arguments]
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    lines = (done.stderr + done.stdout).strip().splitlines() or [""]
+    return done.returncode, next((line for line in lines if line.startswith("FAILED")), lines[-1])
+
+
+def copy_to(folder: Path) -> Path:
+    """Copy the package, the tests and their configuration; return the package's copy."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "relora_opt", folder / "relora_opt", ignore=ignored)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder / "relora_opt"
+
+
+def run_faithful(file: str, mutations: list[Mutation]) -> tuple[int, str]:
+    """Run all the tests that mutations name in one file, against a faithful copy."""
+    expression = " or ".join(sorted({f"({mutation.tests[1]})" for mutation in mutations if mutation.tests[0] == file}))
+    with tempfile.TemporaryDirectory() as name:
+        copy_to(Path(name))
+        return run_tests(Path(name), [f"tests/{file}", "-k", expression])
+
+
+def run_mutant(mutation: Mutation) -> tuple[int, str]:
+    """Run a mutation's tests against a mutated copy."""
+    with tempfile.TemporaryDirectory() as name:
+        mutation.apply(copy_to(Path(name)))
+        return run_tests(Path(name), [f"tests/{mutation.tests[0]}", "-k", mutation.tests[1]])
+
+
+def main(word: str = "") -> int:
+    """Run the mutations; print a table; return the exit status."""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation.name]
+    for mutation in chosen:
+        assert mutation.fits(ROOT / "relora_opt"), f"{mutation.name}: not exactly once in {mutation.file}"
+    files = sorted({mutation.tests[0] for mutation in chosen})
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        faithful = dict(zip(files, pool.map(lambda file: run_faithful(file, chosen), files), strict=True))
+        results = list(pool.map(run_mutant, chosen))
+    failures = 0
+    for mutation, (status, line) in zip(chosen, results, strict=True):
+        is_killed = status == RED and faithful[mutation.tests[0]][0] == GREEN
+        failures += not is_killed
+        verdict = "killed" if is_killed else "SURVIVED" if status == GREEN else "NO ANSWER"
+        print(f"{verdict:9}  {mutation.file:12}  {mutation.name:50}  {line.removeprefix('FAILED tests/')[:150]}")
+        if not is_killed:
+            print(f"           {mutation.tests}, faithful: {faithful[mutation.tests[0]]}")
+    print(f"{len(chosen) - failures} of {len(chosen)} mutants killed in {time.monotonic() - started:.0f} s")
+    return 1 if failures or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
