@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -80,9 +81,10 @@ def generate(
     """Write a text with a trained model."""
     from .generate import generate as pieces
 
-    for piece in pieces(
+    text = pieces(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, device=device
-    ):
+    )
+    for piece in chain([prompt], text):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

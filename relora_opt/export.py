@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .select import canonical_name
+from .select import canonical_name, parallel_paths
 
 _METADATA = {"format": "pt"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -42,18 +42,22 @@ def save_merged(
         The files written, the index last.
 
     Raises:
-        ValueError: for an unreadable size, or a model without tensors.
+        ValueError: for an unreadable size, a dtype that is not floating, or a model without tensors.
         FileNotFoundError: where the folder does not exist.
     """
     path = Path(path)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} cannot hold weights: give torch.float32, torch.bfloat16 or torch.float16")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={path}: there is no folder {path.parent} to write into")
     tensors = _merged(model, dtype)
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no parameters or buffers to save")
     shards = _shards(tensors, _num_bytes(max_shard_size))
+    index = path.with_name(f"{path.name}.index.json")
     if len(shards) == 1:
         _write(tensors, path)
+        index.unlink(missing_ok=True)  # an older export's, of whatever form, must not stand beside the newer one
         return [path]
     files, weight_map = [], {}
     for number, names in enumerate(shards, start=1):
@@ -61,9 +65,9 @@ def save_merged(
         _write({name: tensors[name] for name in names}, file)
         files.append(file)
         weight_map.update(dict.fromkeys(names, file.name))
-    index = path.with_name(f"{path.name}.index.json")
     content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
     _replace(index, lambda file: file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n"))
+    path.unlink(missing_ok=True)
     return [*files, index]
 
 
@@ -71,6 +75,7 @@ def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the tensors to write, by canonical name, each piece of memory once."""
     written: set[tuple[object, ...]] = set()
     tensors: dict[str, Tensor] = {}
+    parallel = parallel_paths(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
@@ -79,7 +84,7 @@ def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
             continue
         written.add(place)
         cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensors[canonical_name(name)] = tensor.detach().to("cpu", cast).contiguous()
+        tensors[canonical_name(name, parallel)] = tensor.detach().to("cpu", cast).contiguous()
     return tensors
 
 
@@ -104,7 +109,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and move it into place, so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask has it; safetensors makes its own file, for the owner alone
         write(partial)
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from . import gradients, inner
 from . import prune as pruning
 from .factors import INITS, draw_generator, product
 from .schedule import JaggedSchedule
-from .select import LowRank, Params, Slot, Targets, resolve_groups
+from .select import LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
 from .state import (
     CLOCK,
     Entry,
@@ -183,10 +183,15 @@ class ReLoRAOptimizer(Optimizer):
         if "scale" in param_group:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
             return
-        for group in resolve_groups([param_group], self._low_rank):
-            template = self._base.build([dict(group.options)]).param_groups[0]
-            self._slots.append(group.slots)
-            super().add_param_group({**template, **group.options, **self._clock()})
+        num_groups, num_parameters = len(self.param_groups), sum(map(len, self._slots))
+        try:
+            for group in resolve_added_group(param_group, self._low_rank, num_before=num_parameters):
+                template = self._base.build([dict(group.options)]).param_groups[0]
+                super().add_param_group({**template, **group.options, **self._clock()})
+                self._slots.append(group.slots)
+        except Exception:  # all of it or nothing
+            del self.param_groups[num_groups:], self._slots[num_groups:]
+            raise
         self._changed()
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ Params = nn.Module | Iterable[Any]
 Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 _HEAD_NAMES = ("lm_head", "head", "classifier", "output")
-_WRAPPER_NAMES = ("_orig_mod", "module", "_checkpoint_wrapped_module")
+_WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these call theirs "module", as others may
 _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
 
@@ -88,13 +90,14 @@ def default_targets(model: nn.Module) -> list[str]:
     heads = _output_heads(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     names = []
+    parallel = parallel_paths(model)
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or not _is_linear(module) or not weight.requires_grad:
             continue
         is_head = any(module is head for head in heads) or (not heads and path.rpartition(".")[2] in _HEAD_NAMES)
         if not is_head and owners[id(weight)] == 1:
-            names.append(canonical_name(f"{path}.weight" if path else "weight"))
+            names.append(canonical_name(f"{path}.weight" if path else "weight", parallel))
     return names
 
 
@@ -107,15 +110,30 @@ def target_names(model: nn.Module, targets: Targets = None) -> list[str]:
     if targets is None:
         return default_targets(model)
     chosen = _Choice(model, targets)
-    named = ((canonical_name(name), p) for name, p in model.named_parameters())
+    parallel = parallel_paths(model)
+    named = ((canonical_name(name, parallel), p) for name, p in model.named_parameters())
     names = [name for name, p in named if p.dim() >= 2 and chosen.takes(name, p)]
     chosen.check_all_matched()
     return names
 
 
-def canonical_name(name: str) -> str:
-    """Return a parameter's name without what torch.compile, DDP and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+def canonical_name(name: str, parallel: Collection[str] = ("", "_orig_mod")) -> str:
+    """Return a parameter's name without what torch.compile, DDP and activation checkpointing put into it.
+
+    `parallel` holds the paths of the modules whose child "module" is no part of the name; see `parallel_paths`. Where
+    the model is not known, the outermost one may be such.
+    """
+    parts = name.split(".")
+    is_wrapper = (
+        part in _WRAPPER_NAMES or (part == "module" and ".".join(parts[:index]) in parallel)
+        for index, part in enumerate(parts)
+    )
+    return ".".join(part for part, drop in zip(parts, is_wrapper, strict=True) if not drop)
+
+
+def parallel_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the DataParallel and DistributedDataParallel modules in a model."""
+    return {path for path, module in model.named_modules() if isinstance(module, _PARALLEL)}
 
 
 def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
@@ -136,6 +154,12 @@ def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
     chosen.check_all_matched()
     _check_selection(resolved, raw, model, low_rank)
     return resolved
+
+
+def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, num_before: int) -> list[ResolvedGroup]:
+    """Split a group that is added to an optimizer of `num_before` parameters; nothing in it need be selected."""
+    (raw,) = _raw_groups([group], first_number=num_before)
+    return list(_split(raw, low_rank, _Choice(None, low_rank.targets)))
 
 
 class _Choice:
@@ -185,8 +209,8 @@ def _split(group: dict[str, Any], low_rank: LowRank, chosen: _Choice) -> Iterato
     says_rank = "rank" in options
     settings = low_rank.merged_with(options)
     parts: dict[bool, tuple[list[Tensor], list[Slot]]] = {True: ([], []), False: ([], [])}
-    for index, (name, parameter) in enumerate(options.pop("params")):
-        slot = Slot(name or f"param{index}", id(parameter) in chosen.batch_ids)
+    for name, parameter in options.pop("params"):
+        slot = Slot(name, id(parameter) in chosen.batch_ids)
         is_selected = _is_selected(slot, parameter, settings, chosen, says_rank=says_rank)
         parameters, slots = parts[is_selected]
         parameters.append(parameter)
@@ -220,29 +244,32 @@ def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: _Choi
     return True
 
 
-def _raw_groups(params: Params) -> list[dict[str, Any]]:
-    """Return group dictionaries whose "params" are (name or None, parameter) pairs."""
+def _raw_groups(params: Params, *, first_number: int = 0) -> list[dict[str, Any]]:
+    """Return group dictionaries whose "params" are (name, parameter) pairs; parameters without a name are numbered."""
     if isinstance(params, nn.Module):
-        return [{"params": [(canonical_name(name), p) for name, p in params.named_parameters()]}]
+        parallel = parallel_paths(params)
+        return [{"params": [(canonical_name(name, parallel), p) for name, p in params.named_parameters()]}]
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor: pass a module, an iterable of parameters, or group dictionaries")
     items = list(params)
     if not items:
         raise ValueError("params is empty: there is nothing to optimize")
+    numbers = count(first_number)
     if all(isinstance(item, Mapping) for item in items):
-        return [{**item, "params": _pairs(item["params"])} for item in items]
-    return [{"params": _pairs(items)}]
+        return [{**item, "params": _pairs(item["params"], numbers)} for item in items]
+    return [{"params": _pairs(items, numbers)}]
 
 
-def _pairs(items: Any) -> list[tuple[str | None, Tensor]]:
-    pairs: list[tuple[str | None, Tensor]] = []
+def _pairs(items: Any, numbers: Iterator[int]) -> list[tuple[str, Tensor]]:
+    pairs: list[tuple[str, Tensor]] = []
     for item in [items] if isinstance(items, Tensor) else items:
         name, parameter = item if isinstance(item, tuple) else (None, item)
         if not isinstance(parameter, Tensor):
             raise TypeError(
                 f"params holds a {type(parameter).__name__}: parameters or (name, parameter) pairs go there"
             )
-        pairs.append((None if name is None else canonical_name(name), parameter))
+        number = next(numbers)
+        pairs.append((f"param{number}" if name is None else canonical_name(name), parameter))
     return pairs
 
 

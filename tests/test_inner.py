@@ -1,0 +1,331 @@
+"""The base optimizer inside is driven as torch drives one: its hooks, options and schedulers, once an update."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, SELECTED, batch, differences, jagged_schedule, mlp, mse, relora, snapshot, stepper
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant
+
+AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
+
+
+# ---- hooks
+
+
+@pytest.fixture
+def global_calls() -> Iterator[list[tuple[str, torch.optim.Optimizer]]]:
+    """Global step hooks, and what they were called with."""
+    calls: list[tuple[str, torch.optim.Optimizer]] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda optimizer, *_: calls.append(("pre", optimizer))),
+        register_optimizer_step_post_hook(lambda optimizer, *_: calls.append(("post", optimizer))),
+    ]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize("path", ["dense", "functional", "step"])
+def test_global_step_hooks_fire_once_an_update_in_every_phase(
+    path: str, base: str, global_calls: list[tuple[str, torch.optim.Optimizer]]
+) -> None:
+    model = mlp()
+    optimizer = relora(model, base, schedule=jagged_schedule(2, 1, 2))
+    step = stepper(path, optimizer, model)
+    for u in range(7):  # a warm start, the switch after 2, restarts after 4 and 6, and resets that try the base
+        step(*batch(u))
+        assert [name for name, _ in global_calls] == ["pre", "post"] * (u + 1)
+    assert {id(seen) for _, seen in global_calls} == {id(optimizer)}
+
+
+def test_hooks_of_the_base_class_of_ones_own_step_fire_once_for_the_wrapper_alone() -> None:
+    optimizer, calls = relora(mlp()), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+# ---- what a base may be
+
+
+def test_a_base_may_be_a_factory_with_arguments_of_its_own() -> None:
+    results = []
+    for base, options in ((AdamW, {"lr": 0.01, "betas": (0.8, 0.9)}), (partial(AdamW, lr=0.01, betas=(0.8, 0.9)), {})):
+        model = mlp()
+        optimizer = ReLoRAOptimizer(model, base, rank=2, schedule=JaggedSchedule(2), **options)
+        step = stepper("dense", optimizer, model)
+        for u in range(5):
+            step(*batch(u))
+        results.append(snapshot(model, optimizer))
+    assert not differences(*results)
+
+
+def test_a_base_with_an_alpha_of_its_own_gets_it_through_partial() -> None:
+    optimizer = ReLoRAOptimizer(mlp(), partial(torch.optim.RMSprop, alpha=0.5), rank=2, alpha=4.0)
+    assert optimizer.param_groups[0]["alpha"] == 0.5
+    assert optimizer.param_groups[0]["scale"] == 2.0
+
+
+def test_an_instance_is_refused_with_its_class() -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match="base is an instance of AdamW: pass the class itself"):
+        ReLoRAOptimizer(model, AdamW(model.parameters()), rank=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("base", ["AdamW", None, 3, nn.Linear(2, 2).weight], ids=str)
+def test_a_base_that_cannot_be_called_is_refused(base: Any) -> None:
+    with pytest.raises(TypeError, match=r"base=.* must be an optimizer class or a factory"):
+        ReLoRAOptimizer(mlp(), base, rank=2)
+
+
+def test_a_factory_that_returns_no_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"base gave a list: it must return a torch\.optim\.Optimizer"):
+        ReLoRAOptimizer(mlp(), lambda groups: [], rank=2)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda groups: SGD([p for group in groups for p in group["params"]], lr=0.1),
+        lambda groups: SGD(groups[::-1], lr=0.1),
+        lambda groups: SGD([{**group, "params": group["params"][::-1]} for group in groups], lr=0.1),
+        lambda groups: SGD(groups[:1], lr=0.1),
+    ],
+    ids=["flattens", "reverses", "reorders", "drops"],
+)
+def test_a_factory_that_regroups_is_refused(factory: Callable[..., torch.optim.Optimizer]) -> None:
+    with pytest.raises(ValueError, match="SGD rearranged its groups: a base must keep them"):
+        ReLoRAOptimizer(mlp(), factory, rank=2)
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("base", [AdamW, SGD, torch.optim.Adagrad])
+def test_a_rate_that_is_not_finite_is_refused(base: type[torch.optim.Optimizer], lr: float) -> None:
+    with pytest.raises(ValueError, match=str(lr)):
+        ReLoRAOptimizer(mlp(), base, rank=2, lr=lr)
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf])
+def test_a_groups_own_rate_that_is_not_finite_is_refused(lr: float) -> None:
+    with pytest.raises(ValueError, match=str(lr)):
+        ReLoRAOptimizer([{"params": [mlp().first.weight], "rank": 2, "lr": lr}], AdamW)
+
+
+def test_differentiable_is_refused() -> None:
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        ReLoRAOptimizer(mlp(), AdamW, rank=2, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": r"weight$"}, {"max_grad_norm": 1.0, "rank": 0}, {"schedule": JaggedSchedule(5, warm_start=2)}],
+)
+def test_lbfgs_is_refused_with_a_selection_or_clipping(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(5, 5, bias=False))
+    with pytest.raises(ValueError, match="LBFGS evaluates its closure many times an update: it works with rank=0"):
+        ReLoRAOptimizer(model, torch.optim.LBFGS, **{"rank": 2, **options})
+
+
+def test_lbfgs_is_refused_by_the_same_words_where_the_model_has_dense_parameters_too() -> None:
+    with pytest.raises(ValueError, match="LBFGS evaluates its closure many times"):
+        ReLoRAOptimizer(mlp(), torch.optim.LBFGS, rank=2)
+
+
+def test_lbfgs_minimises_with_rank_0() -> None:
+    model, (x, y) = mlp(torch.float64), batch(0, torch.float64)
+    optimizer = ReLoRAOptimizer(model, torch.optim.LBFGS, rank=0, lr=0.5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mse(model, x, y)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.num_updates == 5
+
+
+# ---- options and rates
+
+
+def test_options_changed_in_the_groups_reach_the_base_at_the_next_update() -> None:
+    models = []
+    for decay in (0.0, 0.5):
+        model = mlp()
+        optimizer = relora(model, "SGD", weight_decay=0.5 - decay)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = decay
+        stepper("dense", optimizer, model)(*batch(0))
+        models.append(model)
+    plain = mlp()
+    stepper("dense", relora(plain, "SGD", weight_decay=0.0), plain)(*batch(0))
+    assert not differences(models[0].state_dict(), plain.state_dict())
+    assert differences(models[1].state_dict(), plain.state_dict())
+
+
+def test_the_base_gets_the_groups_with_no_other_rate_written_into_the_outer_ones() -> None:
+    model = mlp()
+    optimizer = relora(model, lr=0.25, factor_lr=2.0, schedule=JaggedSchedule(4, restart_warmup=2, outer=constant(4)))
+    step = stepper("dense", optimizer, model)
+    for u in range(1, 7):
+        step(*batch(u))
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+        multiplier = {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0, 5: 0.5, 6: 1.0}[u]
+        assert optimizer.last_lr() == [0.5 * multiplier, 0.25 * multiplier]
+
+
+def test_a_rate_may_be_a_tensor_and_stays_one() -> None:
+    model = mlp()
+    rate = torch.tensor(0.125)
+    optimizer = ReLoRAOptimizer(
+        model, AdamW, rank=2, lr=rate, schedule=JaggedSchedule(4, outer=constant(2)), foreach=False
+    )
+    step = stepper("dense", optimizer, model)
+    for u in range(3):
+        step(*batch(u))
+    assert float(rate) == 0.125
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert optimizer.last_lr() == [0.125, 0.125]
+
+
+# ---- torch's schedulers
+
+
+def schedulers() -> dict[str, Callable[[torch.optim.Optimizer], Any]]:
+    """Return a factory for every scheduler of torch, so that one which torch adds is noticed."""
+    s = lr_scheduler
+    return {
+        "ConstantLR": partial(s.ConstantLR, factor=0.5, total_iters=3),
+        "CosineAnnealingLR": partial(s.CosineAnnealingLR, T_max=5),
+        "CosineAnnealingWarmRestarts": partial(s.CosineAnnealingWarmRestarts, T_0=3),
+        "CyclicLR": partial(s.CyclicLR, base_lr=0.01, max_lr=0.1),
+        "ExponentialLR": partial(s.ExponentialLR, gamma=0.9),
+        "LRScheduler": None,  # abstract
+        "LambdaLR": partial(s.LambdaLR, lr_lambda=lambda epoch: 0.9**epoch),
+        "LinearLR": partial(s.LinearLR, total_iters=4),
+        "MultiStepLR": partial(s.MultiStepLR, milestones=[2, 4]),
+        "MultiplicativeLR": partial(s.MultiplicativeLR, lr_lambda=lambda epoch: 0.8),
+        "OneCycleLR": partial(s.OneCycleLR, max_lr=0.1, total_steps=12),
+        "PolynomialLR": partial(s.PolynomialLR, total_iters=6),
+        "ReduceLROnPlateau": partial(s.ReduceLROnPlateau, patience=0),
+        "StepLR": partial(s.StepLR, step_size=2),
+        "ChainedScheduler": lambda o: s.ChainedScheduler([s.StepLR(o, 2), s.ExponentialLR(o, 0.9)]),
+        "SequentialLR": lambda o: s.SequentialLR(o, [s.ConstantLR(o), s.ExponentialLR(o, 0.9)], milestones=[3]),
+    }
+
+
+def test_every_scheduler_of_torch_is_tried() -> None:
+    kinds = {name for name in lr_scheduler.__all__ if isinstance(getattr(lr_scheduler, name), type)}
+    assert kinds == schedulers().keys()
+
+
+@pytest.mark.parametrize("name", [name for name, make in schedulers().items() if make is not None])
+@pytest.mark.parametrize("base", [partial(AdamW, betas=(0.9, 0.99)), partial(SGD, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_a_scheduler_drives_the_groups_and_the_clock_multiplies(
+    base: Callable[..., torch.optim.Optimizer], name: str
+) -> None:
+    model, plain = mlp(), mlp()
+    schedule = JaggedSchedule(4, restart_warmup=2, warm_start=2)
+    optimizer = ReLoRAOptimizer(model, base, rank=2, schedule=schedule, factor_lr=3.0, lr=0.1)
+    alone = base([{"params": list(plain.parameters())}], lr=0.1)
+    scheduler, expected = schedulers()[name](optimizer), schedulers()[name](alone)
+    step = stepper("dense", optimizer, model)
+    for u in range(1, 12):
+        rate = alone.param_groups[0]["lr"]
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        step(*batch(u))
+        alone.step()
+        multiplier, factor_lr = schedule(u), 3.0 if u > 2 else 1.0
+        assert optimizer.last_lr() == pytest.approx([rate * multiplier * factor_lr, rate * multiplier], rel=1e-12)
+        arguments = (1.0,) if name == "ReduceLROnPlateau" else ()
+        scheduler.step(*arguments)
+        expected.step(*arguments)
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_a_scheduler_that_cycles_momentum_reaches_the_base(name: str) -> None:
+    runs = []
+    for cycles in (True, False):
+        model = mlp()
+        optimizer = relora(model, "AdamW", max_grad_norm=1.0)
+        make = schedulers()[name]
+        scheduler = make(optimizer, cycle_momentum=cycles)
+        step = stepper("dense", optimizer, model)
+        for u in range(3):
+            step(*batch(u))
+            scheduler.step()
+        runs.append(model.state_dict())
+    assert differences(*runs)
+
+
+def test_a_scheduler_resumes_beside_the_optimizer() -> None:
+    def build() -> tuple[MLP, ReLoRAOptimizer, Any]:
+        model = mlp()
+        optimizer = relora(model, schedule=jagged_schedule(3, 1, 2))
+        return model, optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+
+    def run(model: MLP, optimizer: ReLoRAOptimizer, scheduler: Any, updates: range) -> None:
+        step = stepper("dense", optimizer, model)
+        for u in updates:
+            step(*batch(u))
+            scheduler.step()
+
+    model, optimizer, scheduler = build()
+    run(model, optimizer, scheduler, range(5))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    run(model, optimizer, scheduler, range(5, 10))
+    other = build()
+    for part, state in zip(other, saved, strict=True):
+        part.load_state_dict(state)
+    run(*other, range(5, 10))
+    assert not differences(snapshot(other[0], other[1]), snapshot(model, optimizer))
+
+
+# ---- the contract of an Optimizer
+
+
+def test_it_is_an_optimizer_whose_parameters_are_the_models_own() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in model.parameters()}
+    assert {id(model.get_submodule(name).weight) for name in SELECTED} <= owned
+    assert repr(optimizer).startswith("ReLoRAOptimizer (")
+    assert not optimizer.state
+
+
+def test_an_update_without_gradients_moves_nothing_but_counts() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert not differences(before, model.state_dict())
+    assert optimizer.num_updates == 1
+
+
+def test_a_skipped_amp_update_leaves_weights_state_and_clock() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step = stepper("dense", optimizer, model)
+    step(*batch(0))
+    before = snapshot(model, optimizer)
+    x, y = batch(1)
+    scaler.scale(mse(model, x * math.inf, y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not differences(before, snapshot(model, optimizer))
+    assert scaler.get_scale() == 4.0

@@ -1,0 +1,46 @@
+"""What README.md shows is what works."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from relora_opt_cli.config import FIELDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_marked_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snippets = re.findall(r"<!-- test -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+    assert snippets
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        names: dict[str, object] = {}
+        exec(compile(snippet, "README.md", "exec"), names)
+        optimizer = names["optimizer"]
+        assert (optimizer.num_updates, optimizer.num_restarts) == (60, 2)  # type: ignore[attr-defined]
+        assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_two_lines_of_the_diff_train_a_model() -> None:
+    added = re.search(r"```diff\n(.*?)```", README, flags=re.DOTALL)
+    assert added is not None
+    code = "\n".join(line[1:] for line in added[1].splitlines() if line.startswith("+"))
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256))
+    names = {"model": model, "torch": torch}
+    exec(compile(code, "README.md", "exec"), names)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(4, 256)).square().mean().backward()
+    names["optimizer"].step()  # type: ignore[attr-defined]
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_every_file_and_flag_that_it_names_exists() -> None:
+    for name in re.findall(r"^ +(?:relora_opt/ +)?(\w+\.py) ", README, flags=re.MULTILINE):
+        assert (ROOT / "relora_opt" / name).is_file(), name
+    assert {path.name for path in (ROOT / "relora_opt").glob("[a-z]*.py")} <= set(re.findall(r"\w+\.py", README))
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for flag in re.findall(r"`--([a-z-]+)", README):
+        assert flag in {"resume", "config", "help", "out", "dtype", "prompt"} or flag.replace("-", "_") in FIELDS, flag
