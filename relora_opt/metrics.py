@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from .optimizer import ReLoRAOptimizer
-from .state import is_low_rank
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,11 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
     """Measure an optimizer's memory. Before its first update it holds none."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     num_trainable = 0
-    for p in parameters:
-        entry = optimizer.state.get(p)
-        trained = (entry["A"], entry["B"]) if entry is not None and is_low_rank(entry) else (p,)
-        num_trainable += sum(t.numel() for t in trained if t.requires_grad)
+    for group in optimizer.param_groups:
+        has_factors = group["rank"] > 0 and optimizer.is_low_rank
+        for p in group["params"]:
+            trained = optimizer.factors(p) if has_factors else (p,)
+            num_trainable += sum(t.numel() for t in trained if t.requires_grad)
     return Memory(
         num_parameters=sum(p.numel() for p in parameters),
         num_trainable=num_trainable,

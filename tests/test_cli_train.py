@@ -240,7 +240,7 @@ def test_micro_batches_give_the_run_of_whole_batches(tmp_path: Path) -> None:
     whole = rows(train(tmp_path, base="sgd", lr=0.5))
     parts = rows(train(tmp_path, base="sgd", lr=0.5, out=str(tmp_path / "parts"), micro_batch_size=1))
     for ours, theirs in zip(parts[1:], whole[1:], strict=True):
-        # float32 sums in another order; SGD does not blow the difference up, as Adam does where a gradient is near zero.
+        # float32 sums in another order; SGD does not blow the difference up, as Adam does near a gradient of zero.
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
 
 

@@ -48,7 +48,7 @@ def test_global_step_hooks_fire_once_an_update_in_every_phase(
     assert {id(seen) for _, seen in global_calls} == {id(optimizer)}
 
 
-def test_hooks_of_the_base_class_of_ones_own_step_fire_once_for_the_wrapper_alone() -> None:
+def test_hooks_registered_on_the_optimizer_fire_once() -> None:
     optimizer, calls = relora(mlp()), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -83,7 +83,7 @@ def test_an_instance_is_refused_with_its_class() -> None:
         ReLoRAOptimizer(model, AdamW(model.parameters()), rank=2)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("base", ["AdamW", None, 3, nn.Linear(2, 2).weight], ids=str)
+@pytest.mark.parametrize("base", ["AdamW", None, 3, [AdamW]], ids=str)
 def test_a_base_that_cannot_be_called_is_refused(base: Any) -> None:
     with pytest.raises(TypeError, match=r"base=.* must be an optimizer class or a factory"):
         ReLoRAOptimizer(mlp(), base, rank=2)
@@ -152,7 +152,7 @@ def test_lbfgs_minimises_with_rank_0() -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    losses = [optimizer.step(closure).detach() for _ in range(5)]
     assert losses[-1] < 0.5 * losses[0]
     assert optimizer.num_updates == 5
 

@@ -1,0 +1,322 @@
+"""A configuration is filled from flags, file and preset in that order, follows what is set, and is checked whole."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from relora_opt_cli.config import (
+    CHOICES,
+    DEFAULT_PRESET,
+    FIELDS,
+    PRESETS,
+    Config,
+    UserError,
+    load_config_file,
+    parse_prune,
+    resolve,
+    to_toml,
+)
+
+FIELD_NAMES = list(FIELDS)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# ---- what is not set follows what is
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 10**6))
+def test_lengths_that_are_not_set_are_shares_of_the_run(steps: int) -> None:
+    config = resolve({"steps": steps})
+    assert (config.warmup, config.warm_start, config.restart_every) == (steps // 20, steps // 5, steps // 5)
+    assert config.restart_warmup == config.restart_every // 10
+    assert (config.eval_every, config.save_every) == (max(1, steps // 10), max(1, steps // 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**5), st.integers(1, 10**5))
+def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int, steps: int) -> None:
+    config = resolve({"restart_every": restart_every, "steps": steps})
+    assert (config.restart_every, config.restart_warmup) == (restart_every, restart_every // 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 512), st.integers(0, 10**7))
+def test_tokens_are_whole_updates(batch_size: int, seq_len: int, tokens: int) -> None:
+    options = {"tokens": tokens, "batch_size": batch_size, "seq_len": seq_len}
+    if tokens < batch_size * seq_len:
+        with pytest.raises(UserError, match=f"tokens={tokens} is less than one update's {batch_size * seq_len}"):
+            resolve(options)
+        return
+    config = resolve(options)
+    assert config.steps == tokens // (batch_size * seq_len)
+    assert config.warm_start == config.steps // 5
+
+
+def test_every_preset_resolves_and_gives_its_values() -> None:
+    for name, values in PRESETS.items():
+        config = resolve({"preset": name})
+        assert {key: getattr(config, key) for key in values} == values
+    assert resolve({}) == resolve({"preset": DEFAULT_PRESET})
+
+
+def test_micro_batches_rates_and_compilation_follow() -> None:
+    assert resolve({"batch_size": 12}).micro_batch_size == 12
+    assert resolve({"batch_size": 12, "micro_batch_size": 3}).micro_batch_size == 3
+    assert resolve({"lr": 0.5}).rest_lr == 0.5
+    assert resolve({"lr": 0.5, "rest_lr": 0.25}).rest_lr == 0.25
+    assert resolve({}).rest_lr == PRESETS[DEFAULT_PRESET]["rest_lr"]
+    assert not resolve({"device": "cpu"}).compile
+    assert resolve({"device": "cuda:1"}).compile
+    assert not resolve({"device": "cuda", "compile": False}).compile
+
+
+def test_a_model_of_ones_own_needs_no_preset() -> None:
+    for options in ({"model": "config.json"}, {"init_from": "folder"}):
+        config = resolve(options)
+        assert config.preset is None
+        assert config.vocab_size is None
+        assert min(config.steps, config.rank, config.lr) > 0
+
+
+def test_what_is_set_wins_over_the_preset_and_none_is_not_set() -> None:
+    assert resolve({"preset": "60m", "rank": 7}).rank == 7
+    assert resolve({"preset": "60m", "rank": None}).rank == PRESETS["60m"]["rank"]
+    assert resolve({"rank": 0, "restart_every": 0, "warm_start": 0, "warmup": 0}).rank == 0
+
+
+def test_a_zero_that_is_set_is_kept() -> None:
+    config = resolve({name: 0 for name in ("warmup", "warm_start", "restart_every", "rank", "seed", "weight_decay")})
+    assert (config.warmup, config.warm_start, config.restart_every, config.restart_warmup) == (0, 0, 0, 0)
+
+
+def test_values_take_the_type_of_their_option() -> None:
+    config = resolve({"lr": 1, "alpha": 32, "betas": [0, 0.5], "data": "texts", "max_grad_norm": math.inf})
+    assert (config.lr, config.alpha, config.betas, config.data) == (1.0, 32.0, (0.0, 0.5), ("texts",))
+    assert all(isinstance(value, float) for value in (config.lr, config.alpha, *config.betas))
+    assert resolve({"data": ["a", "b"]}).data == ("a", "b")
+
+
+# ---- files
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "data": st.lists(st.text(max_size=8), max_size=3).map(tuple),
+            "text_field": st.text(max_size=8),
+            "targets": st.text(max_size=12),
+            "out": st.text(max_size=12),
+            "tokenizer": st.text(max_size=8),
+            "vocab_size": st.integers(257, 10**6),
+            "steps": st.integers(1, 10**7),
+            "lr": st.floats(0, 1e3),
+            "weight_decay": st.floats(0, 1),
+            "alpha": st.floats(1e-300, 1e300),
+            "max_grad_norm": st.floats(1e-9, math.inf),
+            "betas": st.tuples(st.floats(0, 0.9999), st.floats(0, 0.9999)),
+            "base": st.sampled_from(CHOICES["base"]),
+            "prune": st.sampled_from(["reset", "keep", "magnitude:0.9", "random:0.99"]),
+            "compile": st.booleans(),
+            "seed": st.integers(-(2**40), 2**40),
+            "threads": st.integers(1, 8),
+            "preset": st.sampled_from(list(PRESETS)),
+        },
+    )
+)
+def test_a_configuration_written_as_toml_is_read_back_as_the_same(
+    tmp_path_factory: Any, options: dict[str, Any]
+) -> None:
+    config = resolve(options)
+    path = tmp_path_factory.getbasetemp() / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert resolve(load_config_file(path)) == dataclasses.replace(config, tokens=None)
+    assert to_toml(resolve(load_config_file(path))) == to_toml(config)
+
+
+def test_tokens_are_written_as_steps(tmp_path: Path) -> None:
+    config = resolve({"tokens": 10**6})
+    read = resolve(load_config_file(write(tmp_path / "c.toml", to_toml(config))))
+    assert read == dataclasses.replace(config, tokens=None)
+
+
+@pytest.mark.parametrize("text", ["lr = ", "[optimizer]\nlr = 1.0\nlr = 2.0", "\x00", "lr 0.1"])
+def test_a_file_that_is_not_toml_is_one_sentence_with_its_name(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", text)
+    with pytest.raises(UserError, match=r"config='.*c\.toml' is not TOML") as caught:
+        load_config_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_bytes_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UserError, match="is not TOML"):
+        load_config_file(tmp_path / "c.toml")
+    with pytest.raises(
+        UserError, match=r"config='.*none\.toml' cannot be read: No such file or directory; give a TOML"
+    ):
+        load_config_file(tmp_path / "none.toml")
+    with pytest.raises(UserError, match="Is a directory"):
+        load_config_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("restart_evry", "'restart_every'"),
+        ("learning_rate", None),
+        ("micro_batch", "'micro_batch_size'"),
+        ("zzz", None),
+    ],
+)
+def test_a_key_that_is_no_option_is_named_with_the_nearest_that_is(
+    key: str, suggestion: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.toml", f"{key} = 3\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}: {key!r} is not an option")) as caught:
+        load_config_file(path)
+    if suggestion is not None:
+        assert f"did you mean {suggestion}?" in str(caught.value)
+    elif key == "zzz":
+        assert "the keys are data, text_field" in str(caught.value)
+    with pytest.raises(UserError, match=repr(key)):
+        resolve({key: 3})
+
+
+def test_flags_spelled_with_hyphens_in_a_file_are_met_with_the_underscored_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'restart_every'"):
+        load_config_file(write(tmp_path / "c.toml", "restart-every = 3\n"))
+
+
+# ---- what is refused
+
+WRONG_KINDS: list[tuple[str, Any]] = [
+    ("steps", 1.5),
+    ("steps", "10"),
+    ("steps", True),
+    ("rank", [8]),
+    ("lr", "fast"),
+    ("lr", True),
+    ("betas", 0.9),
+    ("betas", [0.9]),
+    ("betas", [0.9, 0.95, 0.99]),
+    ("betas", ["a", "b"]),
+    ("data", [1]),
+    ("data", 3),
+    ("compile", 1),
+    ("compile", "yes"),
+    ("out", 3),
+    ("prune", 0.9),
+    ("targets", ["q_proj"]),
+    ("preset", 60),
+    ("tokens", 1e9),
+    ("seed", 0.5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_KINDS, ids=str)
+def test_a_value_of_the_wrong_kind_is_named_with_the_right_one(name: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve({name: value})
+    assert f"{name}={value!r} is of the wrong kind: it must be " in str(caught.value)
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    *[({name: 0}, f"{name}=0 must be a whole number of at least 1") for name in ("seq_len", "steps", "eval_every")],
+    *[({name: 0}, f"{name}=0 must be a whole number of at least 1") for name in ("save_every", "keep")],
+    ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+    ({"batch_size": -4}, "=-4 must be a whole number of at least 1"),
+    ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),
+    ({"steps": -1}, "steps=-1 must be"),
+    ({"tokens": 0}, "tokens=0 is less than one update's 2048"),
+    ({"tokens": 10**6, "batch_size": 0}, "batch_size=0 must be"),
+    ({"tokens": 10**6, "seq_len": -1}, "seq_len=-1 must be"),
+    *[
+        ({name: -1}, f"{name}=-1 must be a whole number, 0 or more")
+        for name in ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
+    ],
+    *[
+        ({name: value}, f"{name}={value} must be a finite number, 0 or more")
+        for name in ("lr", "rest_lr", "factor_lr", "weight_decay")
+        for value in (math.nan, math.inf, -1.0)
+    ],
+    *[({name: "x"}, f"{name}='x' is not known: choose one of {', '.join(CHOICES[name])}") for name in CHOICES],
+    *[({"alpha": value}, f"alpha={value} must be a positive number") for value in (0.0, -2.0, math.nan, math.inf)],
+    *[({"betas": [0.9, value]}, "must lie between 0 and 1") for value in (1.0, -0.1, math.nan)],
+    *[({"min_ratio": value}, f"min_ratio={value} must lie between 0 and 1") for value in (-0.1, 1.1, math.nan)],
+    *[({"max_grad_norm": value}, f"max_grad_norm={value} must be positive") for value in (0.0, -1.0, math.nan)],
+    ({"warmup": 11, "steps": 10}, "warmup=11 is longer than the run, steps=10"),
+    ({"restart_warmup": 6, "restart_every": 5}, "restart_warmup=6 is longer than restart_every=5"),
+    ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 must divide batch_size=8"),
+    ({"batch_size": 8, "micro_batch_size": 16}, "micro_batch_size=16 must divide batch_size=8"),
+    ({"threads": 0}, "threads=0 must be"),
+    ({"vocab_size": 256}, "vocab_size=256 must be at least 257"),
+    ({"steps": 10, "tokens": 10**6}, "steps=10 and tokens=1000000 both say how long to train: give one"),
+    ({"preset": "9m"}, "preset='9m' is not known: choose one of 5m, 60m"),
+    ({"preset": "5m", "model": "c.json"}, "preset, model and init_from each say what the model is"),
+    ({"init_from": "a", "model": "c.json"}, "preset, model and init_from each say what the model is"),
+    *[({"prune": text}, f"prune={text!r} is not known") for text in ("", "none", "magnitude", "random:", "keep:0.5")],
+    *[({"prune": text}, f"prune={text!r} is not known") for text in ("magnitude:1.5", "random:nan", "magnitude:-0.1")],
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_VALUES, ids=str)
+def test_a_value_that_cannot_work_is_one_sentence_with_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ". " not in str(caught.value)
+
+
+def test_no_restart_bears_any_ramp() -> None:
+    assert resolve({"restart_every": 0, "restart_warmup": 7}).restart_warmup == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("reset", ("reset", None)),
+        ("keep", ("keep", None)),
+        ("magnitude:0.9", ("magnitude", 0.9)),
+        ("random:0", ("random", 0.0)),
+        ("random:1", ("random", 1.0)),
+    ],
+)
+def test_pruning_is_a_name_and_a_share(text: str, expected: tuple[str, float | None]) -> None:
+    assert parse_prune(text) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(FIELD_NAMES),
+        st.one_of(
+            st.none(),
+            st.integers(-3, 300),
+            st.floats(),
+            st.text(max_size=5),
+            st.booleans(),
+            st.lists(st.integers(0, 3)),
+        ),
+        max_size=4,
+    )
+)
+def test_any_options_resolve_or_are_refused_by_one_sentence(options: dict[str, Any]) -> None:
+    try:
+        config = resolve(options)
+    except UserError as error:
+        assert len(str(error).splitlines()) <= 1 or any(isinstance(value, str) for value in options.values())
+    else:
+        assert isinstance(config, Config)

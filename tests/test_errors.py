@@ -1,0 +1,261 @@
+"""Every mistake with the library is answered by one sentence that says what was wrong, the value and the remedy."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from models import MLP, batch, mlp, mse, relora
+from torch import nn
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, save_merged, target_names, wsd
+
+AdamW = torch.optim.AdamW
+
+
+class Mistake(NamedTuple):
+    """A call that must fail, and what its message must hold: the value that was wrong, and what to do."""
+
+    call: Callable[[], Any]
+    error: type[Exception]
+    value: str
+    remedy: str
+
+
+def low_rank(params: Any = None, base: Any = AdamW, **options: Any) -> ReLoRAOptimizer:
+    return ReLoRAOptimizer(mlp() if params is None else params, base, **{"rank": 2, **options})
+
+
+def frozen() -> MLP:
+    model = mlp()
+    model.first.weight.requires_grad_(False)
+    return model
+
+
+def saved_with(**clock: int) -> dict[str, Any]:
+    state = relora(mlp()).state_dict()
+    for group in state["param_groups"]:
+        group.update(clock)
+    return state
+
+
+def used() -> ReLoRAOptimizer:
+    model = mlp()
+    optimizer = relora(model)
+    mse(model, *batch(0)).backward()
+    optimizer.step()
+    return optimizer
+
+
+def warm() -> ReLoRAOptimizer:
+    return relora(mlp(), schedule=JaggedSchedule(5, warm_start=3))
+
+
+def factors_before_the_switch() -> None:
+    model = mlp()
+    relora(model, schedule=JaggedSchedule(5, warm_start=3)).factors(model.first.weight)
+
+
+def stepped_with_loss(loss_fn: Callable[..., Any], **options: Any) -> None:
+    model = mlp()
+    relora(model).make_step(model, loss_fn, compile=False, **options)(*batch(0))
+
+
+def scaled_factor_gradients() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(mse(optimizer.functional(model), *batch(0))).backward()
+    scaler.step(optimizer)
+
+
+MISTAKES = {
+    # ranks, scales and rates
+    "negative rank": Mistake(lambda: low_rank(rank=-1), ValueError, "rank=-1", "0 trains everything densely"),
+    "half a rank": Mistake(lambda: low_rank(rank=2.5), ValueError, "rank=2.5", "a whole number"),
+    "rank as a truth": Mistake(lambda: low_rank(rank=True), ValueError, "rank=True", "a whole number"),
+    "rank too large": Mistake(lambda: low_rank(rank=64), ValueError, "rank=64", "lower rank, or pass rank=0"),
+    "rank too large for a name": Mistake(
+        lambda: low_rank(rank=6, targets=["second"]), ValueError, "second.weight (8, 6)", "leave it out of targets"
+    ),
+    "rank too large for a group": Mistake(
+        lambda: low_rank([{"params": [mlp().first.weight], "rank": 9}]), ValueError, "rank=9", "lower rank"
+    ),
+    "alpha 0": Mistake(lambda: low_rank(alpha=0), ValueError, "alpha=0", "a positive number"),
+    "alpha nan": Mistake(lambda: low_rank(alpha=math.nan), ValueError, "alpha=nan", "a positive number"),
+    "alpha in words": Mistake(lambda: low_rank(alpha="8"), (ValueError, TypeError), "alpha='8'", "number"),
+    "a group's alpha": Mistake(
+        lambda: low_rank([{"params": [mlp().first.weight], "rank": 2, "alpha": -1}]), ValueError, "alpha=-1", "positive"
+    ),
+    "factor_lr negative": Mistake(lambda: low_rank(factor_lr=-1.0), ValueError, "factor_lr=-1.0", "0 or more"),
+    "factor_lr infinite": Mistake(lambda: low_rank(factor_lr=math.inf), ValueError, "factor_lr=inf", "multiplies lr"),
+    "factor_lr in words": Mistake(
+        lambda: low_rank(factor_lr="2"), (ValueError, TypeError), "factor_lr='2'", "multiplies"
+    ),
+    "lr infinite": Mistake(lambda: low_rank(lr=math.inf), ValueError, "lr=inf", "must be a finite number"),
+    "max_grad_norm 0": Mistake(lambda: low_rank(max_grad_norm=0.0), ValueError, "max_grad_norm=0.0", "None leaves"),
+    "max_grad_norm nan": Mistake(lambda: low_rank(max_grad_norm=math.nan), ValueError, "max_grad_norm=nan", "positive"),
+    # what is selected
+    "targets unmatched": Mistake(
+        lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "model.named_parameters"
+    ),
+    "targets no regex": Mistake(
+        lambda: low_rank(targets="first("), ValueError, "targets='first('", "regular expression"
+    ),
+    "targets a number": Mistake(lambda: low_rank(targets=5), TypeError, "targets=5", "names"),
+    "target_names unmatched": Mistake(lambda: target_names(mlp(), "zzz"), ValueError, "'zzz'", "list the names"),
+    "targets match nothing": Mistake(
+        lambda: low_rank(targets=lambda name, p: False), ValueError, "rank=2", "name some with targets="
+    ),
+    "targets frozen": Mistake(
+        lambda: low_rank(frozen(), targets=["first"]), ValueError, "first.weight", "set requires_grad, or leave it out"
+    ),
+    # parameters
+    "nameless parameters": Mistake(lambda: low_rank(mlp().parameters()), ValueError, "rank=2", "pass the model itself"),
+    "no parameters": Mistake(lambda: low_rank([]), ValueError, "params is empty", "nothing to optimize"),
+    "one tensor": Mistake(lambda: low_rank(mlp().first.weight), TypeError, "single tensor", "pass a module"),
+    "a number": Mistake(lambda: low_rank(5), TypeError, "params=5", "pass a module"),
+    "names for parameters": Mistake(lambda: low_rank(["first"]), TypeError, "a str", "parameters or (name, parameter)"),
+    "names twice": Mistake(lambda: low_rank([("a", "b")]), TypeError, "a str", "parameters or (name, parameter)"),
+    # the base, the schedule and the rest
+    "base by name": Mistake(lambda: low_rank(base="adamw"), TypeError, "base='adamw'", "torch.optim.AdamW, say"),
+    "base an instance": Mistake(
+        lambda: low_rank(base=AdamW(mlp().parameters())), TypeError, "instance of AdamW", "pass the class itself"
+    ),
+    "differentiable": Mistake(
+        lambda: low_rank(differentiable=True), ValueError, "differentiable=True", "not supported"
+    ),
+    "init": Mistake(lambda: low_rank(init="zeros"), ValueError, "init='zeros'", "choose one of kaiming, orthogonal"),
+    "prune by name": Mistake(lambda: low_rank(prune="reset"), TypeError, "prune='reset'", "prune.reset(), say"),
+    "schedule a function": Mistake(lambda: low_rank(schedule=constant()), TypeError, "schedule=", "JaggedSchedule"),
+    "prune share": Mistake(lambda: prune.magnitude(1.5), ValueError, "magnitude(1.5)", "between 0 and 1"),
+    "prune nan": Mistake(lambda: prune.random(math.nan), ValueError, "random(nan)", "between 0 and 1"),
+    "restart_every": Mistake(lambda: JaggedSchedule(-1), ValueError, "restart_every=-1", "0 or more"),
+    "restart_warmup": Mistake(lambda: JaggedSchedule(5, 1.5), ValueError, "restart_warmup=1.5", "a whole number"),
+    "warm_start": Mistake(lambda: JaggedSchedule(5, warm_start=-2), ValueError, "warm_start=-2", "0 or more"),
+    "ramp": Mistake(lambda: JaggedSchedule(5, 6), ValueError, "restart_warmup=6", "shorten the ramp"),
+    "outer": Mistake(lambda: JaggedSchedule(5, outer=0.5), TypeError, "outer=0.5", "cosine(20_000), say"),
+    "outer nan": Mistake(
+        lambda: JaggedSchedule(5, outer=lambda u: math.nan)(7), ValueError, "multiplier nan around update 7", "finite"
+    ),
+    "outer negative": Mistake(
+        lambda: JaggedSchedule(5, outer=lambda u: -1)(7), ValueError, "multiplier -1", "0 or more"
+    ),
+    "cosine length": Mistake(lambda: cosine(0), ValueError, "num_updates=0", "the length of the whole run"),
+    "linear warmup": Mistake(lambda: linear(10, warmup=11), ValueError, "warmup=11", "between 0 and num_updates=10"),
+    "min_ratio": Mistake(lambda: cosine(10, min_ratio=2), ValueError, "min_ratio=2", "a share of the peak rate"),
+    "constant warmup": Mistake(lambda: constant(-1), ValueError, "warmup=-1", "0 means no warm-up"),
+    "wsd decay": Mistake(lambda: wsd(10, decay=0.0), ValueError, "decay=0.0", "above 0 and at most at 1"),
+    # the optimizer in use
+    "restart at rank 0": Mistake(lambda: low_rank(rank=0).restart(), ValueError, "ranks [0]", "no weight is low-rank"),
+    "restart while warm": Mistake(lambda: warm().restart(), ValueError, "after 0 updates", "warm_start=3"),
+    "factors while warm": Mistake(factors_before_the_switch, ValueError, "first.weight", "the switch, update 3"),
+    "factors of a dense weight": Mistake(
+        lambda: used().factors(mlp().head.weight), KeyError, "shape (3, 8)", "not low-rank in this optimizer"
+    ),
+    "clock of a used one": Mistake(
+        lambda: used().set_clock(num_updates=1, num_restarts=0, last_restart=0),
+        ValueError,
+        "has made updates",
+        "construct a fresh one",
+    ),
+    "clock impossible": Mistake(
+        lambda: relora(mlp()).set_clock(num_updates=1, num_restarts=0, last_restart=2),
+        ValueError,
+        "last_restart=2",
+        "between 0 and num_updates",
+    ),
+    "another optimizer's state": Mistake(
+        lambda: relora(mlp()).load_state_dict(AdamW(mlp().parameters()).state_dict()),
+        ValueError,
+        "not saved by ReLoRAOptimizer",
+        "load it into the base optimizer",
+    ),
+    "a later format": Mistake(
+        lambda: relora(mlp()).load_state_dict(saved_with(relora_format=99)),
+        ValueError,
+        "relora_format=99",
+        "use the version that saved it",
+    ),
+    "another rank": Mistake(
+        lambda: relora(mlp()).load_state_dict(relora(mlp(), rank=3).state_dict()),
+        ValueError,
+        "rank [3, 0]",
+        "construct it alike",
+    ),
+    "another schedule": Mistake(
+        lambda: warm().load_state_dict(used().state_dict()),
+        ValueError,
+        "warm_start=3",
+        "use the schedule it was saved with",
+    ),
+    "a state without its factors": Mistake(
+        lambda: relora(mlp()).load_state_dict(
+            {**used().state_dict(), "state": {0: {}, 1: {}}, "param_groups": saved_with(num_updates=1)["param_groups"]}
+        ),
+        ValueError,
+        "has no factors",
+        "restore the clock first (set_clock)",
+    ),
+    # the functional path
+    "a stranger's model": Mistake(
+        lambda: relora(mlp()).functional(nn.Linear(2, 2)), ValueError, "Linear", "pass the model it trains"
+    ),
+    "accumulate 0": Mistake(lambda: stepped_with_loss(mse, accumulate=0), ValueError, "accumulate=0", "1 or more"),
+    "loss_fn no function": Mistake(lambda: stepped_with_loss(3), TypeError, "loss_fn=3", "must be callable"),
+    "loss no scalar": Mistake(
+        lambda: stepped_with_loss(lambda model, x, y: model(x)), TypeError, "(12, 3)", "reduce it, or say has_aux=True"
+    ),
+    "loss no tensor": Mistake(
+        lambda: stepped_with_loss(lambda model, x, y: (mse(model, x, y), 1)), TypeError, "tuple", "has_aux=True"
+    ),
+    "factor gradients scaled": Mistake(scaled_factor_gradients, RuntimeError, "GradScaler", "bfloat16"),
+    # the export
+    "max_shard_size": Mistake(
+        lambda: save_merged(mlp(), "x", max_shard_size="5TB"), ValueError, "max_shard_size='5TB'", "'5GB', '200MB'"
+    ),
+    "path": Mistake(lambda: save_merged(mlp(), "nowhere/x"), FileNotFoundError, "path=nowhere/x", "no folder nowhere"),
+    "nothing to save": Mistake(lambda: save_merged(nn.ReLU(), "x"), ValueError, "ReLU", "no parameters or buffers"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_with_the_value_and_the_remedy(name: str) -> None:
+    mistake = MISTAKES[name]
+    with pytest.raises(mistake.error) as caught:
+        mistake.call()
+    message = str(caught.value.args[0])
+    assert mistake.value in message
+    assert mistake.remedy in message
+    assert "\n" not in message
+    assert ". " not in message  # one sentence
+    assert not message.endswith(".")
+    assert len(message) < 320
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(MISTAKES) >= 20
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": -1}, {"init": "zeros"}, {"prune": "reset"}, {"targets": ["zzz"]}, {"lr": math.inf}]
+)
+def test_a_refused_construction_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
+    model, plain = mlp(), mlp()
+    with pytest.raises((ValueError, TypeError)):
+        low_rank(model, **options)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    low_rank(model)
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    mse(model, *batch(0)).backward()
+    optimizer.step()
+    before = [tensor.clone() for tensor in optimizer.factors(model.first.weight)]
+    with pytest.raises(ValueError, match="relora_format"):
+        optimizer.load_state_dict(saved_with(relora_format=99))
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.factors(model.first.weight), before, strict=True))
+    assert optimizer.num_updates == 1
