@@ -15,7 +15,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -56,20 +56,23 @@ class Progress:
 def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, progress: Progress, *, keep: int) -> Path:
     """Write a checkpoint and delete all but the newest `keep`.
 
+    Where this update has one already, only its progress is written again: weights and optimizer are the same.
+
     Raises:
         UserError: where the disk refuses (full, read-only); the checkpoints that were there stay.
     """
     folder = run / _FOLDER / f"{progress.update:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
+        if folder.is_dir():
+            _write_progress(folder, progress)
+            return folder
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_merged(model, partial / _WEIGHTS, max_shard_size="1000000GB")
         torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
-        (partial / _PROGRESS).write_text(json.dumps({"format": FORMAT, **asdict(progress)}) + "\n")
+        _write_progress(partial, progress)
         _flush(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
         os.replace(partial, folder)
         _flush_folder(folder.parent)
         for old in checkpoints(run)[:-keep]:
@@ -83,6 +86,16 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, pro
             f"checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
         ) from error
     return folder
+
+
+def _write_progress(folder: Path, progress: Progress) -> None:
+    partial = folder / f".{_PROGRESS}.partial"
+    try:
+        partial.write_text(json.dumps({"format": FORMAT, **asdict(progress)}) + "\n", encoding="utf-8")
+        _flush_file(partial)
+        os.replace(partial, folder / _PROGRESS)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -113,13 +126,15 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / _PROGRESS
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = dict(json.loads(path.read_text()))
         version = content.pop("format")
         if version != FORMAT:
             raise UserError(
                 f"{path} has format {version} and not {FORMAT}: use the version of relora-opt that wrote it"
             )
-        return Progress(**content)
+        progress = Progress(**content)
+        _check_types(progress)
+        return progress
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -138,20 +153,37 @@ def load_checkpoint(checkpoint: Path, model: Llama, optimizer: ReLoRAOptimizer |
     load_weights(model, checkpoint)
     if optimizer is not None:
         path = checkpoint / _OPTIMIZER
+        remedy = f"delete the folder {checkpoint} to go on from an earlier one"
         try:
-            optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # a damaged file raises whatever its bytes suggest
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises whatever its bytes suggest; torch's advice is not for it
             raise UserError(
-                f"{path} cannot be loaded: {error}; delete {checkpoint} to go on from an earlier one"
+                f"{path} cannot be loaded: it is damaged, or no optimizer's state ({type(error).__name__}); {remedy}"
             ) from error
+        try:
+            optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be loaded: {error}; {remedy}") from error
     return progress
+
+
+def _check_types(progress: Progress) -> None:
+    """Raise a TypeError for a field of the wrong kind."""
+    for name, kind in get_type_hints(Progress).items():
+        value = getattr(progress, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name}={value!r} is not {kind}")
 
 
 def _flush(folder: Path) -> None:
     for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        _flush_file(path)
     _flush_folder(folder)
+
+
+def _flush_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

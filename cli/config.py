@@ -303,15 +303,17 @@ def _typed(name: str, value: Any) -> Any:
             numbers = item_kind is float and all(_is_number(item) for item in items)
             if numbers or (item_kind is str and all(isinstance(item, str) for item in items)):
                 return tuple(item_kind(item) for item in items)
-    elif kind == "float" and _is_number(value):
-        return float(value)
+    elif kind == "float":
+        if _is_number(value):
+            return float(value)
     elif (kind == "bool") == isinstance(value, bool) and isinstance(value, {"int": int, "bool": bool}.get(kind, str)):
         return value
     raise UserError(f"{name}={value!r} is of the wrong kind: it must be {kind}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return is_whole or isinstance(value, float)
 
 
 def _toml(value: Any) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def save_merged(
 
     Raises:
         ValueError: for an unreadable size, a dtype that is not floating, or a model without tensors.
-        FileNotFoundError: where the folder does not exist.
+        OSError: where the folder does not exist, or the disk refuses.
     """
     path = Path(path)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -111,7 +112,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the user's umask has it; safetensors makes its own file, for the owner alone
-        write(partial)
+        try:
+            write(partial)
+        except SafetensorError as error:  # of a full disk, say; callers expect what files raise
+            raise OSError(f"{path} could not be written: {error}") from error
         partial.chmod(mode)
         os.replace(partial, path)
     finally:
@@ -123,6 +127,8 @@ def _size(tensor: Tensor) -> int:
 
 
 def _num_bytes(size: int | str) -> int:
+    if not isinstance(size, (int, str)):
+        raise ValueError(f"max_shard_size={size!r} is not a size: write bytes, or '5GB', '200MB'")
     if isinstance(size, str):
         number, unit = size[:-2].strip(), size[-2:].upper()
         if unit not in _UNITS or not number.replace(".", "", 1).isdigit():

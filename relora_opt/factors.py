@@ -61,7 +61,8 @@ def new_b(shape: tuple[int, ...], rank: int, *, like: Tensor) -> Tensor:
 
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return s B A, (m, n) or (batch, m, n)."""
-    return (B @ A) * scale
+    with torch.autocast(A.device.type, enabled=False):
+        return (B @ A) * scale
 
 
 def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
@@ -76,4 +77,4 @@ def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], sca
     if W.dim() == 2:
         W.addmm_(left, right, alpha=scale)
     else:
-        W.add_((left @ right).view(W.shape), alpha=scale)
+        W.add_(product(right, left, scale).view(W.shape))

@@ -41,6 +41,14 @@ class Base:
         if self.options.get("differentiable"):
             raise ValueError("differentiable=True is not supported: the update of W is made in place, outside autograd")
 
+    def check_closure(self, *, is_plain: bool) -> None:
+        """Refuse LBFGS unless it has the parameters to itself: without factors and without clipping."""
+        is_lbfgs = isinstance(self.factory, type) and issubclass(self.factory, torch.optim.LBFGS)
+        if is_lbfgs and not is_plain:
+            raise ValueError(
+                "LBFGS evaluates its closure many times an update: it works with rank=0 and max_grad_norm=None only"
+            )
+
     def build(self, groups: list[Group]) -> Optimizer:
         """Return the base optimizer over these groups, one of its groups for each of them.
 
@@ -93,10 +101,12 @@ class Inner:
         return [float(rate) for rate in rates]
 
     def adopt(self, groups: list[Group], state: Any) -> None:
-        """Hold in `state` what the base holds: it may have made state, or replaced a dictionary."""
+        """Hold in `state` and `groups` what the base holds: it may have made state, or counted in its groups."""
         assert self._optimizer is not None
         for holder, name, parameter in _links(groups, state):
             holder[name] = self._optimizer.state[parameter]
+        for group, own in zip(groups, self._optimizer.param_groups, strict=True):
+            group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
         self._has_adopted = True
 
     def _is_linked(self, groups: list[Group], state: Any) -> bool:

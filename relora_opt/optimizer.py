@@ -33,6 +33,7 @@ from .state import (
     CLOCK,
     Entry,
     LowRankState,
+    check_fits,
     check_loadable,
     detached,
     is_low_rank,
@@ -92,6 +93,7 @@ class ReLoRAOptimizer(Optimizer):
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     _last_lr: list[float]
+    _is_built = True  # False inside __init__
 
     def __init__(
         self,
@@ -116,17 +118,23 @@ class ReLoRAOptimizer(Optimizer):
         self.schedule = JaggedSchedule(1000, restart_warmup=50) if schedule is None else schedule
         self.init, self.max_grad_norm, self.seed = init, max_grad_norm, seed
         self.prune = pruning.reset() if prune is None else prune
+        if not isinstance(self.schedule, JaggedSchedule):
+            raise TypeError(f"schedule={schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say")
         if not isinstance(self.prune, pruning.STRATEGIES):
             raise TypeError(f"prune={prune!r} must be a strategy: prune.reset(), say")
         self._low_rank = LowRank(rank, alpha, factor_lr, targets)
         self._base = inner.Base(base, options)
         resolved = resolve_groups(params, self._low_rank)
+        is_plain = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
+        self._base.check_closure(is_plain=is_plain)
         self._slots = [group.slots for group in resolved]
         self._init_transients()
         template = self._base.build([dict(group.options) for group in resolved])
         groups = [{**given, **group.options} for given, group in zip(template.param_groups, resolved, strict=True)]
-        self._check_base(template, has_low_rank=any(group["rank"] for group in groups))
+        self._passes_closure = isinstance(template, torch.optim.LBFGS)
+        self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
+        self._is_built = True
 
     # The contract of torch.optim.Optimizer
 
@@ -140,10 +148,9 @@ class ReLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: for factor gradients of the functional path under a GradScaler.
         """
-        base = self._inner.current(self.param_groups, self.state)
-        passes_closure = isinstance(base, torch.optim.LBFGS)
+        self._restore_models()
         loss = None
-        if closure is not None and not passes_closure:
+        if closure is not None and not self._passes_closure:
             with torch.enable_grad():
                 loss = closure()
         if self._amp_skips():
@@ -158,16 +165,17 @@ class ReLoRAOptimizer(Optimizer):
             self._last_lr = self._inner.set_rates(self.param_groups, self._rates())
             moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
-            result = inner.step(base, closure if passes_closure else None)
+            result = inner.step(base, closure if self._passes_closure else None)
             for weight, old in zip(moving, before, strict=True):
                 move_weight_(weight.W, weight.entry, old, weight.scale)
         self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
-        return result if passes_closure else loss
+        return result if self._passes_closure else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients of the parameters and of the factors."""
+        self._restore_models()
         super().zero_grad(set_to_none)
         for factor in self._all_factors():
             if set_to_none or factor.grad is None:
@@ -180,9 +188,10 @@ class ReLoRAOptimizer(Optimizer):
 
         A group added after the switch is low-rank at once; its first A belongs to the current cycle.
         """
-        if "scale" in param_group:  # resolved already: __init__ adds its groups through here
+        if not self._is_built:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
             return
+        param_group = {key: value for key, value in param_group.items() if key not in ("scale", *new_clock())}
         num_groups, num_parameters = len(self.param_groups), sum(map(len, self._slots))
         try:
             for group in resolve_added_group(param_group, self._low_rank, num_before=num_parameters):
@@ -196,6 +205,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`."""
+        self._restore_models()
         if self._drafts:
             self._make_entries()
         packed = super().state_dict()
@@ -211,6 +221,7 @@ class ReLoRAOptimizer(Optimizer):
             ValueError: where the state is another optimizer's, of an unknown format, of other ranks, or disagrees with
                 its own counters.
         """
+        self._restore_models()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -228,7 +239,8 @@ class ReLoRAOptimizer(Optimizer):
             for W, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index)
                 if is_low_rank(saved):
-                    self.state[W] = loaded(saved, live.get(W), W.device)
+                    on_device = bool(group.get("fused") or group.get("capturable"))
+                    self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)
         self._changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,7 +248,8 @@ class ReLoRAOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._init_transients()
+        if not hasattr(self, "_functionals"):  # a copy; load_state_dict comes through here too
+            self._init_transients()
 
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and what it found: see _amp_skips
 
@@ -270,7 +283,8 @@ class ReLoRAOptimizer(Optimizer):
     def restart(self) -> None:
         """Start a new cycle now: re-draw every A, zero every B, prune their state, and ramp the rate up from 0.
 
-        The model's output does not change. The periodic restarts stay where they are.
+        The model's output does not change. The periodic restarts stay where they are. Gradients of the factors that
+        have not been stepped on are forgotten: they belong to the old A.
 
         Raises:
             ValueError: during the warm start, or where nothing is low-rank.
@@ -333,14 +347,19 @@ class ReLoRAOptimizer(Optimizer):
         self._drafts.clear()
         self._changed()
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the model's parameters in all groups."""
+        return (p for group in self.param_groups for p in group["params"])
+
     def has_finite_gradients(self) -> bool:
         """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
-        return gradients.are_finite((*self._parameters(), *self._all_factors()))
+        return gradients.are_finite((*self.parameters(), *self._all_factors()))
 
     def functional(self, model: nn.Module) -> FunctionalModel:
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
         from .step import FunctionalModel
 
+        self._restore_models()
         functional = FunctionalModel(model, self)
         self._functionals.add(functional)
         return functional
@@ -370,14 +389,6 @@ class ReLoRAOptimizer(Optimizer):
 
     # Privates
 
-    def _check_base(self, base: Optimizer, *, has_low_rank: bool) -> None:
-        if not isinstance(base, torch.optim.LBFGS):
-            return
-        if has_low_rank or self.max_grad_norm is not None:
-            raise ValueError(
-                "LBFGS evaluates its closure many times an update: it works with rank=0 and no clipping only"
-            )
-
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""
         self._inner = inner.Inner(self._base)
@@ -391,6 +402,11 @@ class ReLoRAOptimizer(Optimizer):
         self._inner = inner.Inner(self._base)
         for functional in self._functionals:
             functional.register_phase(self)
+
+    def _restore_models(self) -> None:
+        """Undo what a backward pass that failed may have left behind."""
+        for functional in self._functionals:
+            functional.restore()
 
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
@@ -419,10 +435,15 @@ class ReLoRAOptimizer(Optimizer):
 
     def _make_entries(self) -> None:
         """Give every low-rank weight its state, where the phase has it."""
-        if self.is_low_rank:
-            for selected in self._selected():
-                self.state[selected.W] = self._entry(selected)
-            self._drafts.clear()
+        if not self.is_low_rank:
+            return
+        is_news = any(not is_low_rank(self.state.get(W)) and W not in self._drafts for W, _, _ in self._selected())
+        for selected in self._selected():
+            self.state[selected.W] = entry = self._entry(selected)
+            check_fits(selected.W, entry, selected.slot.name)
+        self._drafts.clear()
+        if is_news:
+            self._changed()
 
     def _all_factors(self) -> Iterator[Tensor]:
         for entry in (*self.state.values(), *self._drafts.values()):
@@ -455,7 +476,6 @@ class ReLoRAOptimizer(Optimizer):
         for selected in self._selected():
             self.state.pop(selected.W, None)
         self._make_entries()
-        self._changed()
 
     def _prune(self) -> None:
         """Prune the base's state of every factor, in place."""
@@ -480,18 +500,15 @@ class ReLoRAOptimizer(Optimizer):
                 "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
                 "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
             )
-        gradients.unscale_(self._parameters(), getattr(self, "grad_scale", None))
+        gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     def _is_phantom(self) -> bool:
         """Say whether this is the step by which torch.distributed.checkpoint makes state: it changes nothing."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        found = [p.grad for p in self._parameters() if p.grad is not None]
+        found = [p.grad for p in self.parameters() if p.grad is not None]
         return bool(found) and not any(bool(gradient.any()) for gradient in found)
 
 
-_OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots")
+_OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots", "_passes_closure")

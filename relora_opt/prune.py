@@ -7,8 +7,9 @@
 
 One mask per factor serves all its same-shaped state tensors: independent masks leave m != 0 where v = 0, and Adam then
 jumps by lr * m / eps. State tensors are found by shape, never by name, so any base optimizer will do. The first moment
-is the first of them in alphabetical order (Adam's exp_avg, SGD's momentum_buffer). State of other shapes (Adafactor's
-rows and columns) cannot be masked by element and is reset as a whole.
+is the first of them in alphabetical order (Adam's exp_avg, SGD's momentum_buffer). A state without such tensors
+(Adafactor's rows and columns) cannot be masked by element and is reset as a whole. What is forgotten becomes zero:
+where another value is the natural one (Rprop's step sizes), choose reset or keep.
 
 Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (optimizer resets).
 """

@@ -27,7 +27,7 @@ Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 _HEAD_NAMES = ("lm_head", "head", "classifier", "output")
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these call theirs "module", as others may
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these call theirs "module", as others may
 _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
 
@@ -64,10 +64,13 @@ class LowRank:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
             raise ValueError(f"rank={self.rank!r} must be a whole number, 0 or more: 0 trains everything densely")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha} must be a positive number: the scale is alpha / rank")
-        if not (math.isfinite(self.factor_lr) and self.factor_lr >= 0):
-            raise ValueError(f"factor_lr={self.factor_lr} must be 0 or more: it multiplies lr for the factors")
+        if self.alpha is not None and not (_is_finite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} must be a positive number: the scale is alpha / rank")
+        if not (_is_finite(self.factor_lr) and self.factor_lr >= 0):
+            raise ValueError(f"factor_lr={self.factor_lr!r} must be 0 or more: it multiplies lr for the factors")
+        is_names = isinstance(self.targets, Sequence) and all(isinstance(name, str) for name in self.targets)
+        if not (self.targets is None or callable(self.targets) or is_names):
+            raise TypeError(f"targets={self.targets!r} must be a regular expression, a list of names or a predicate")
 
     @property
     def scale(self) -> float:
@@ -133,7 +136,7 @@ def canonical_name(name: str, parallel: Collection[str] = ("", "_orig_mod")) -> 
 
 def parallel_paths(model: nn.Module) -> set[str]:
     """Return the paths of the DataParallel and DistributedDataParallel modules in a model."""
-    return {path for path, module in model.named_modules() if isinstance(module, _PARALLEL)}
+    return {path for path, module in model.named_modules() if isinstance(module, PARALLEL)}
 
 
 def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
@@ -251,6 +254,8 @@ def _raw_groups(params: Params, *, first_number: int = 0) -> list[dict[str, Any]
         return [{"params": [(canonical_name(name, parallel), p) for name, p in params.named_parameters()]}]
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor: pass a module, an iterable of parameters, or group dictionaries")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params={params!r}: pass a module, an iterable of parameters, or group dictionaries")
     items = list(params)
     if not items:
         raise ValueError("params is empty: there is nothing to optimize")
@@ -298,6 +303,10 @@ def _check_selection(
     raise ValueError(
         f"rank={low_rank.rank}, targets={targets!r}: no weight is selected; name some with targets=, or {remedy}"
     )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _is_linear(module: nn.Module) -> bool:

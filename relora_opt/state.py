@@ -90,14 +90,32 @@ def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: flo
     W.copy_(master)
 
 
+def check_fits(W: Tensor, entry: Entry, name: str) -> None:
+    """Refuse a weight that was moved or cast after its factors were made.
+
+    Raises:
+        ValueError: names the weight and both dtypes and devices.
+    """
+    A = entry["A"]
+    if (A.dtype, A.device) != (factor_dtype(W.dtype), W.device):
+        raise ValueError(
+            f"{name} is {W.dtype} on {W.device}, but its factors were made for {A.dtype} on {A.device}: move or cast "
+            "the model before its optimizer makes the first update, or load a state dictionary into a new optimizer"
+        )
+
+
 def detached(entry: Entry) -> Entry:
     """Return an entry for `state_dict`: the same memory, without the factors' autograd."""
     return {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}
 
 
-def loaded(saved: Entry, live: Entry | None, device: torch.device) -> Entry:
-    """Return a low-rank entry with the saved values and dtypes; live factors stay the same objects."""
-    entry: Entry = _to_device(saved, device)
+def loaded(saved: Entry, live: Entry | None, device: torch.device, *, moves_counters: bool) -> Entry:
+    """Return a low-rank entry with the saved values and dtypes; live factors stay the same objects.
+
+    Scalar counters stay where they were saved, as torch keeps them, unless the base wants them on the device (fused and
+    capturable ones do).
+    """
+    entry: Entry = _to_device(saved, device, moves_counters)
     for key in ("A", "B"):
         if live is not None and is_low_rank(live) and live[key].shape == saved[key].shape:
             live[key].data.copy_(saved[key])
@@ -137,10 +155,11 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
             )
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Copy a nested state, keeping every dtype. A scalar counter stays where the base put it."""
+def _to_device(value: Any, device: torch.device, moves_counters: bool) -> Any:
+    """Copy a nested state, keeping every dtype."""
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _to_device(item, device, moves_counters) for key, item in value.items()}
     if isinstance(value, Tensor):
-        return value.detach().clone() if value.dim() == 0 else value.detach().to(device, copy=True)
+        moves = moves_counters or value.dim() > 0
+        return value.detach().to(device, copy=True) if moves else value.detach().clone()
     return value

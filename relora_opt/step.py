@@ -15,20 +15,30 @@ function drops custom backwards in silence (pytorch#193279).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from .select import PARALLEL
 from .weight import LowRankWeight
 
 if TYPE_CHECKING:
     from .optimizer import ReLoRAOptimizer
+
+
+class _Place(NamedTuple):
+    """Where a selected weight sits: `module._parameters[name]`, reached by `path`, trained through factors `key`."""
+
+    module: nn.Module
+    name: str
+    path: str
+    W: Tensor
+    key: str
+    scale: float
 
 
 class FunctionalModel(nn.Module):
@@ -36,29 +46,19 @@ class FunctionalModel(nn.Module):
 
     Its `parameters()` are exactly what is trained: the factors, or during the warm start the selected weights
     themselves, and the unselected parameters. That is what to clip and what DistributedDataParallel communicates. The
-    model is not registered in it. Evaluate and generate with the model itself.
+    model is not registered in it. Evaluate, generate, copy, move and save the model itself.
 
     Raises:
-        ValueError: where the model holds no parameter of the optimizer, or DTensor weights.
+        ValueError: where the model holds no parameter of the optimizer, DTensor weights, or a parallel wrapper.
     """
 
     def __init__(self, model: nn.Module, optimizer: ReLoRAOptimizer) -> None:
         super().__init__()
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
-        self._selected: dict[str, tuple[Tensor, float]] = {}
-        self._reentry = _Reentry(model)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parameters = dict(model.named_parameters())
-        if not known & {id(p) for p in parameters.values()}:
-            raise ValueError(
-                f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains"
-            )
-        distributed = [name for name, p in parameters.items() if type(p.data).__name__ == "DTensor"]
-        if distributed:
-            raise ValueError(
-                f"{distributed[0]} is a DTensor: the functional path does not shard; use the dense path "
-                "(loss.backward() through the model, then optimizer.step())"
-            )
+        self._places: list[_Place] = []
+        self._is_swapped = False
+        known = {id(p) for p in optimizer.parameters()}
+        _check_model(model, known)
         self.training = model.training
         self.register_phase(optimizer)
 
@@ -66,12 +66,14 @@ class FunctionalModel(nn.Module):
         """Return what the model returns, bitwise."""
         model, weights = self._models[0], self._weights()
         if torch.compiler.is_compiling():
-            return functional_call(model, weights, args, kwargs)
+            return functional_call(model, weights, args, kwargs, tie_weights=False)
         _refuse_stale_ddp(self)
-        self._reentry.leave()
-        output = functional_call(model, weights, args, kwargs)
+        self.restore()
+        output = functional_call(model, weights, args, kwargs, tie_weights=False)
         if torch.is_grad_enabled():
-            self._reentry.watch(output, weights)
+            for tensor in _tensors(output, set()):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._swap_in)  # type: ignore[no-untyped-call]
         return output
 
     def train(self, mode: bool = True) -> FunctionalModel:
@@ -82,25 +84,60 @@ class FunctionalModel(nn.Module):
     def register_phase(self, optimizer: ReLoRAOptimizer) -> None:
         """Register what the optimizer trains now; it calls this itself when that changes, at the switch say."""
         model = self._models[0]
-        scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"] if group["rank"]}
-        self._selected = {}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._places = []
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, parameter in model.named_parameters():
-            key = name.replace(".", "/")
-            if optimizer.is_low_rank and id(parameter) in scales:
+            group = groups.get(id(parameter))
+            key = _key(name)
+            if group is None:
+                continue
+            if optimizer.is_low_rank and group["rank"] and parameter.requires_grad:
                 self.A[key], self.B[key] = optimizer.factors(parameter)
-                self._selected[name] = (parameter, scales[id(parameter)])
+                self._places += _places(model, parameter, key, group["scale"])
             else:
                 self.rest[key] = parameter
         for name, buffer in model.named_buffers():
-            self.register_buffer(name.replace(".", "/"), buffer)
+            self.register_buffer(_key(name), buffer)
+
+    def restore(self) -> None:
+        """Give the model its own weights back, if a backward pass has left them swapped."""
+        if self._is_swapped:
+            self._is_swapped = False
+            for place in self._places:
+                place.module._parameters[place.name] = place.W  # type: ignore[assignment]
+
+    def _swap_in(self, gradient: Tensor) -> None:
+        """Put the low-rank weights into the model until the backward pass that has just reached it is over."""
+        if not self._is_swapped:
+            self._is_swapped = True
+            weights = self._weights()
+            for place in self._places:
+                place.module._parameters[place.name] = weights[place.path]  # type: ignore[assignment]
+            torch.autograd.Variable._execution_engine.queue_callback(self.restore)
 
     def _weights(self) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        for name, (W, scale) in self._selected.items():
-            key = name.replace(".", "/")
-            weights[name] = LowRankWeight.wrap(W, self.A[key], self.B[key], scale)
-        return weights
+        return {
+            place.path: LowRankWeight.wrap(place.W, self.A[place.key], self.B[place.key], place.scale)
+            for place in self._places
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FunctionalModel:
+        raise TypeError(
+            "a functional model cannot be moved or cast: move the model itself, before its optimizer is made"
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: factors without their weights mean nothing."""
+        raise TypeError(
+            "a functional model loads no state: load the model's and the optimizer's own state dictionaries"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a functional model cannot be copied or pickled: copy model and optimizer together, then call "
+            "functional() on the copies"
+        )
 
 
 class Step:
@@ -140,19 +177,19 @@ class Step:
             has_aux,
         )
         self.num_micro_batches = 0
-        loss = _Loss(model, loss_fn, has_aux=has_aux)
+        loss = _Loss(model, loss_fn)
         self._is_compiled = compile
-        functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate))
+        functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
         self._forward: Callable[..., Any] = torch.compile(functional, fullgraph=True) if compile else functional
         self._losses_are_finite = True
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
         with torch.enable_grad():
-            loss, aux = self._forward(*batch, **kwargs)
+            loss, aux = _split(self._forward(*batch, **kwargs), has_aux=self.has_aux)
             if self._is_compiled:
-                (loss / self.accumulate).backward()
-        loss = loss.detach()
+                _backward(loss, self.accumulate)
+        loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
         if self.skip_nonfinite:
             self._losses_are_finite &= bool(loss.isfinite())
         self.num_micro_batches += 1
@@ -170,63 +207,74 @@ class Step:
 class _Loss(nn.Module):
     """The loss function as a module, so that one functional call spans model and loss."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any], *, has_aux: bool) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self.loss_fn, self.has_aux = model, loss_fn, has_aux
+        self.model, self.loss_fn = model, loss_fn
         self.training = model.training
 
-    def forward(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        result = self.loss_fn(self.model, *batch, **kwargs)
-        loss, aux = result if self.has_aux else (result, None)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(
-                f"loss_fn gave {shape} and not a scalar tensor: reduce it, or say has_aux=True for (loss, aux)"
-            )
-        return loss, aux
+    def forward(self, *batch: Any, **kwargs: Any) -> Any:
+        return self.loss_fn(self.model, *batch, **kwargs)
 
 
 class _WithBackward(nn.Module):
     """A loss whose backward runs inside the functional call, while the weights are swapped."""
 
-    def __init__(self, loss: _Loss, accumulate: int) -> None:
+    def __init__(self, loss: _Loss, accumulate: int, *, has_aux: bool) -> None:
         super().__init__()
-        self.loss, self.accumulate = loss, accumulate
+        self.loss, self.accumulate, self.has_aux = loss, accumulate, has_aux
         self.training = loss.training
 
-    def forward(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        loss, aux = self.loss(*batch, **kwargs)
-        (loss / self.accumulate).backward()
-        return loss.detach(), aux
+    def forward(self, *batch: Any, **kwargs: Any) -> Any:
+        result = self.loss(*batch, **kwargs)
+        loss, _ = _split(result, has_aux=self.has_aux)
+        _backward(loss, self.accumulate)
+        return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
-class _Reentry:
-    """Swaps the low-rank weights in again while a backward pass runs, once for all forwards that it goes through."""
+def _backward(loss: Tensor, accumulate: int) -> None:
+    (loss / accumulate).backward()  # type: ignore[no-untyped-call]
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._weights: dict[str, Tensor] = {}
-        self._swap: AbstractContextManager[None] | None = None
 
-    def watch(self, output: Any, weights: dict[str, Tensor]) -> None:
-        """Enter with these weights when the first gradient reaches a tensor of `output`."""
-        self._weights = weights
-        for tensor in _tensors(output, set()):
-            if tensor.requires_grad:
-                tensor.register_hook(self._enter)  # type: ignore[no-untyped-call]
+def _split(result: Any, *, has_aux: bool) -> tuple[Tensor, Any]:
+    """Return (loss, aux) of what a loss function gave."""
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"loss_fn gave a {type(result).__name__}: with has_aux=True it must return (loss, aux)")
+    loss, aux = result if has_aux else (result, None)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(f"loss_fn gave {what} and not a scalar tensor: reduce it, or say has_aux=True for (loss, aux)")
+    return loss, aux
 
-    def leave(self) -> None:
-        """Swap the model's own weights back, if they are out."""
-        swap, self._swap = self._swap, None
-        if swap is not None:
-            swap.__exit__(None, None, None)
 
-    def _enter(self, gradient: Tensor) -> None:
-        if self._swap is None:
-            # functional_call's own context manager; torch has no public one.
-            self._swap = stateless._reparametrize_module(self._model, dict(self._weights), tie_weights=True)
-            self._swap.__enter__()
-            torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+def _check_model(model: nn.Module, known: set[int]) -> None:
+    parameters = dict(model.named_parameters())
+    if not known & {id(p) for p in parameters.values()}:
+        raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
+    sharded = [name for name, p in parameters.items() if type(p.data).__name__ == "DTensor"]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]} is a DTensor: the functional path does not shard; use the dense path (loss.backward() "
+            "through the model, then optimizer.step())"
+        )
+    parallel = [type(module).__name__ for module in model.modules() if isinstance(module, PARALLEL)]
+    if parallel:
+        raise ValueError(
+            f"the model is wrapped in {parallel[0]}, which would not reduce the factors' gradients: wrap "
+            "optimizer.functional(model) in it instead"
+        )
+
+
+def _places(model: nn.Module, W: Tensor, key: str, scale: float) -> Iterator[_Place]:
+    """Yield every place of a weight, once for each module that holds it, however many names that module has."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is W:
+                yield _Place(module, name, f"{path}.{name}" if path else name, W, key, scale)
+
+
+def _key(name: str) -> str:
+    """Return a parameter's key: one that neither ParameterDict nor Module has as an attribute."""
+    return "/" + name.replace(".", "/")
 
 
 def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -72,8 +72,9 @@ def project(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tens
 
     G has W's shape; it is read as a matrix (m, n), or as a batch of matrices where A and B are batches.
     """
-    G = G.to(A.dtype).reshape(*B.shape[:-1], A.shape[-1])
-    return (B.mT @ G) * scale, (G @ A.mT) * scale
+    G = (G.to_dense() if G.is_sparse else G).to(A.dtype).reshape(*B.shape[:-1], A.shape[-1])
+    with torch.autocast(G.device.type, enabled=False):
+        return (B.mT @ G) * scale, (G @ A.mT) * scale
 
 
 class _Projected(torch.autograd.Function):
@@ -99,11 +100,6 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
         ctx.scale = scale
-        if x.dim() > 2 and (bias is None or not x.is_contiguous()):
-            # As torch does where W requires a gradient, which the W in here does not: one product of matrices. A batch
-            # of them differs in the last bit, and is slower.
-            y = (x.reshape(-1, x.shape[-1]) @ W.t()).view(*x.shape[:-1], W.shape[0])
-            return y if bias is None else y + bias
         return F.linear(x, W, bias)
 
     @staticmethod
@@ -135,8 +131,19 @@ def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
     x = x.to(dtype) if torch.is_autocast_enabled(weight.dense.device.type) else x
     bias = bias if bias is None else bias.to(dtype)
     A, B = weight.A.to(dtype), weight.B.to(dtype)
-    y: Tensor = _LowRankLinear.apply(x, weight.dense.to(dtype), bias, A, B, weight.scale)  # type: ignore[no-untyped-call]
-    return y
+    W = weight.dense.to(dtype)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = _LowRankLinear.apply(x, W, bias, A, B, weight.scale)  # type: ignore[no-untyped-call]
+        return y
+
+    if x.dim() <= 2:
+        return product(x, bias)
+    # As torch does where W requires a gradient, which the W in here does not: one product of matrices. A batch of them
+    # differs in the last bit, and is slower. The view is made out here, where the caller may change it in place.
+    rows = x.reshape(-1, x.shape[-1])
+    y = product(rows, bias) if bias is None or x.is_contiguous() else product(rows, None) + bias
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 def _universal(weight: LowRankWeight) -> Tensor:

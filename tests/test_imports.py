@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "gradients": {"state", "weight"},
     "inner": {"state"},
     "optimizer": {"factors", "schedule", "prune", "select", "state", "gradients", "inner"},
-    "step": {"weight"},
+    "step": {"select", "weight"},
     "metrics": {"optimizer", "state"},
     "export": {"select"},
     "__init__": {"prune", "export", "metrics", "optimizer", "schedule", "select", "step", "weight"},

@@ -1,0 +1,420 @@
+"""Every option is a flag, and every mistake costs one line on stderr and exit status 2, before any training."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from relora_opt_cli import app as command_line
+from relora_opt_cli import train
+from relora_opt_cli.config import FIELDS, Config, resolve, to_toml
+from relora_opt_cli.tokens import fit_tokenizer
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+WORDS = "the people of these united states have heard in peace and war that union is strength and so it was"
+PROGRAM = Path(sys.executable).with_name("relora-opt")
+
+
+def run(*arguments: str) -> int:
+    """Run the command line in this process, and return its exit status."""
+    before = sys.argv
+    sys.argv = ["relora-opt", *arguments]
+    try:
+        command_line.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations with which `pretrain` would have started a run; none is."""
+    configs: list[Config] = []
+    monkeypatch.setattr(train, "start_run", configs.append)
+    return configs
+
+
+# ---- flags
+
+
+def flags() -> dict[str, list[str]]:
+    pretrain = typer.main.get_command(command_line.app).commands["pretrain"]  # type: ignore[attr-defined]
+    return {parameter.name: [*parameter.opts, *parameter.secondary_opts] for parameter in pretrain.params}
+
+
+def test_every_option_is_a_flag_in_kebab_case_and_has_a_help_and_a_panel() -> None:
+    expected = {name: [f"--{name.replace('_', '-')}"] for name in (*FIELDS, "config", "resume")}
+    expected["compile"].append("--no-compile")
+    assert flags() == expected
+    assert all(item.metadata["help"] and item.metadata["panel"] for item in FIELDS.values())
+
+
+VALUES: dict[str, tuple[list[str], Any]] = {
+    "text_field": (["body"], "body"),
+    "tokenizer": (["t.json"], "t.json"),
+    "vocab_size": (["300"], 300),
+    "seq_len": (["17"], 17),
+    "preset": (["60m"], "60m"),
+    "model": (["c.json"], "c.json"),
+    "init_from": (["folder"], "folder"),
+    "steps": (["70"], 70),
+    "tokens": (["100000"], 100_000),
+    "batch_size": (["6"], 6),
+    "micro_batch_size": (["4"], 4),
+    "base": (["muon"], "muon"),
+    "lr": (["3e-4"], 3e-4),
+    "rest_lr": (["2"], 2.0),
+    "outer": (["wsd"], "wsd"),
+    "warmup": (["3"], 3),
+    "min_ratio": (["0.5"], 0.5),
+    "weight_decay": (["0.25"], 0.25),
+    "betas": (["0.5", "0.75"], (0.5, 0.75)),
+    "max_grad_norm": (["inf"], float("inf")),
+    "rank": (["0"], 0),
+    "alpha": (["32"], 32.0),
+    "targets": (["q_proj|k_proj"], "q_proj|k_proj"),
+    "factor_lr": (["2.5"], 2.5),
+    "init": (["orthogonal"], "orthogonal"),
+    "warm_start": (["0"], 0),
+    "restart_every": (["0"], 0),
+    "restart_warmup": (["1"], 1),
+    "prune": (["magnitude:0.9"], "magnitude:0.9"),
+    "dtype": (["bfloat16"], "bfloat16"),
+    "device": (["cuda:1"], "cuda:1"),
+    "threads": (["3"], 3),
+    "out": (["runs/x"], "runs/x"),
+    "eval_every": (["5"], 5),
+    "save_every": (["5"], 5),
+    "keep": (["4"], 4),
+    "seed": (["-3"], -3),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_flag_sets_its_option_and_no_other(name: str, started: list[Config]) -> None:
+    words, value = VALUES[name]
+    assert run("pretrain", f"--{name.replace('_', '-')}", *words) == 0
+    assert getattr(started[0], name) == value
+    assert started[0] == resolve({name: value})
+
+
+def test_every_option_has_been_tried() -> None:
+    assert {*VALUES, "data", "compile"} == set(FIELDS)
+
+
+def test_pretrain_with_no_argument_is_the_defaults(started: list[Config]) -> None:
+    assert run("pretrain") == 0
+    assert started == [resolve({})]
+
+
+def test_compile_and_no_compile_are_told_from_neither(started: list[Config]) -> None:
+    for words in (["--compile"], ["--no-compile"], [], ["--device", "cuda"], ["--device", "cuda", "--no-compile"]):
+        assert run("pretrain", *words) == 0
+    assert [config.compile for config in started] == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data", "A", "B", "C"], ("A", "B", "C")),
+        (["--data", "A", "--data", "B"], ("A", "B")),
+        (["--data", "A", "B", "--data", "C", "D", "--seed", "1"], ("A", "B", "C", "D")),
+        (["--seed", "1", "--data", "A", "B", "--compile"], ("A", "B")),
+        (["--data=A", "--data", "B", "C"], ("A", "B", "C")),
+        ([], ()),
+    ],
+    ids=" ".join,
+)
+def test_data_spreads_over_the_words_that_follow(words: list[str], expected: tuple[str, ...], started: Any) -> None:
+    assert run("pretrain", *words) == 0
+    assert started[0].data == expected
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path, started: list[Config]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('preset = "60m"\nrank = 7\nlr = 0.5\ndata = ["a", "b"]\ncompile = true\n')
+    assert run("pretrain", "--config", str(file), "--lr", "0.25", "--no-compile") == 0
+    config = started[0]
+    assert (config.preset, config.rank, config.lr, config.data, config.compile) == ("60m", 7, 0.25, ("a", "b"), False)
+    assert config.seq_len == 512
+
+
+def test_a_zero_on_the_command_line_wins_over_the_file(tmp_path: Path, started: list[Config]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("rank = 7\nseed = 3\nrestart_every = 9\n")
+    assert run("pretrain", "--config", str(file), "--rank", "0", "--seed", "0", "--restart-every", "0") == 0
+    assert (started[0].rank, started[0].seed, started[0].restart_every) == (0, 0, 0)
+
+
+def test_resume_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    resumed: list[Path] = []
+    monkeypatch.setattr(train, "resume_run", resumed.append)
+    assert run("pretrain", "--resume", str(tmp_path)) == 0
+    assert resumed == [tmp_path]
+    for more in (["--seed", "0"], ["--config", "c.toml"], ["--data", "A"], ["--no-compile"], ["--rank", "0"]):
+        assert run("pretrain", "--resume", str(tmp_path), *more) == 2
+        assert "goes alone: the settings come from the run" in one_line(capfd)
+    assert resumed == [tmp_path]
+
+
+@pytest.mark.parametrize("words", [["--nonsense", "1"], ["--steps", "many"], ["extra"], ["--betas", "0.9"], ["--lr"]])
+def test_words_that_are_no_flags_or_no_numbers_exit_with_status_2(
+    words: list[str], started: list[Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("pretrain", *words) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["-h"], ["pretrain", "--help"], ["export", "-h"], ["spectrum", "--help"]]
+)
+def test_help_exits_with_status_0(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 0
+    assert "Usage: " in capfd.readouterr().out
+
+
+# ---- mistakes
+
+
+class Desk:
+    """A folder with all that a run of a second needs, in which one thing at a time is spoiled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        texts = folder / "texts"
+        texts.mkdir()
+        for number in range(12):
+            (texts / f"{number}.txt").write_text(f"{number} {WORDS}. " * 40)
+        self.write("config.json", json.dumps(SHAPE))
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def write(self, name: str, contents: str | bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+        return str(path)
+
+    def tokenizer(self, size: int) -> str:
+        letters = "".join(chr(0x100 + i) for i in range(600))
+        texts = [f"{WORDS} {letters[i : i + 3] * 3}" for i in range(len(letters) - 3)]
+        path = self.path(f"tokenizer-{size}.json")
+        fit_tokenizer(texts, vocab_size=size).save(path)
+        return path
+
+    def words(self, **changes: Any) -> list[str]:
+        """Return the words of a command line that would train, with some options changed; None leaves one out."""
+        options = {
+            "data": self.path("texts"),
+            "model": self.path("config.json"),
+            "out": self.path("run"),
+            "seq_len": 16,
+            "batch_size": 2,
+            "steps": 4,
+            "rank": 4,
+            **changes,
+        }
+        given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
+        return ["pretrain", *(word for flag, value in given.items() for word in (flag, str(value)))]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    torch.set_num_threads(1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return Desk(tmp_path)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[train.Run]:
+    """The runs that got as far as training; none trains."""
+    runs: list[train.Run] = []
+    monkeypatch.setattr(train, "train", runs.append)
+    return runs
+
+
+def one_line(capfd: pytest.CaptureFixture[str]) -> str:
+    """Return the only line on stderr."""
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("relora-opt: ")
+    return line
+
+
+def in_use(desk: Desk) -> list[str]:
+    desk.write("run/notes", "mine")
+    return desk.words()
+
+
+def a_file_for_a_folder(desk: Desk) -> list[str]:
+    desk.write("run", "mine")
+    return desk.words()
+
+
+def below_a_file(desk: Desk) -> list[str]:
+    desk.write("file", "mine")
+    return desk.words(out=desk.path("file/run"))
+
+
+def no_weights(desk: Desk) -> list[str]:
+    desk.write("export/config.json", json.dumps(SHAPE))
+    (desk.folder / "export" / "tokenizer.json").write_bytes(Path(desk.tokenizer(300)).read_bytes())
+    return desk.words(model=None, init_from=desk.path("export"))
+
+
+def config_file(text: str | bytes) -> Callable[[Desk], list[str]]:
+    return lambda desk: desk.words(config=desk.write("c.toml", text))
+
+
+def data(name: str, contents: str | bytes, **changes: Any) -> Callable[[Desk], list[str]]:
+    return lambda desk: desk.words(data=desk.write(name, contents), **changes)
+
+
+def changed(**changes: Any) -> Callable[[Desk], list[str]]:
+    return lambda desk: desk.words(**changes)
+
+
+def a_run_without_checkpoints(desk: Desk) -> list[str]:
+    desk.write("run/config.toml", to_toml(resolve({})))
+    return ["pretrain", "--resume", desk.path("run")]
+
+
+def a_run_of_a_later_version(desk: Desk) -> list[str]:
+    desk.write("run/config.toml", to_toml(resolve({})) + "novelty = 1\n")
+    return ["pretrain", "--resume", desk.path("run")]
+
+
+MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
+    # data
+    "missing file": (changed(data="nowhere.txt"), "data='nowhere.txt' does not exist: give a .txt or .jsonl file"),
+    "missing folder": (changed(data="./nowhere/at/all"), "data='./nowhere/at/all' does not exist"),
+    "file of another kind": (data("a.csv", "x"), "is neither .txt nor .jsonl"),
+    "empty corpus": (data("a.txt", " \n"), "holds no text"),
+    "empty folder": (
+        lambda desk: [desk.write("e/x.md", "x"), *desk.words(data=desk.path("e"))][1:],
+        "is a folder without",
+    ),
+    "binary garbage": (data("a.txt", b"\x80\x81\xff" * 999), "is not UTF-8 text, byte 0 is wrong"),
+    "binary with NUL": (data("a.txt", b"\x00\x01" * 999), "it holds a NUL byte"),
+    "lines that are no JSON": (data("a.jsonl", '{"text": "a"}\nnonsense\n'), "a.jsonl, line 2 is not JSON"),
+    "lines of another key": (data("a.jsonl", '{"body": "a"}\n'), "no text under text_field='text'"),
+    "corpus shorter than a sequence": (data("a.txt", "a few words"), "fewer than one sequence of seq_len=16"),
+    # the model and the tokenizer
+    "missing model": (changed(model="nowhere.json"), "nowhere.json"),
+    "model that is no JSON": (lambda desk: desk.words(model=desk.write("m.json", "{")), "m.json"),
+    "model without a size": (lambda desk: desk.words(model=desk.write("m.json", "{}")), "m.json"),
+    "unknown preset": (changed(model=None, preset="9m"), "preset='9m' is not known: choose one of 5m, 60m"),
+    "preset and model": (changed(preset="5m"), "preset, model and init_from each say what the model is"),
+    "missing weights' folder": (changed(model=None, init_from="nowhere"), "nowhere"),
+    "folder without weights": (no_weights, "export"),
+    "missing tokenizer": (changed(tokenizer="nowhere.json"), "tokenizer='nowhere.json' does not exist"),
+    "tokenizer that is none": (lambda desk: desk.words(tokenizer=desk.write("t.json", "{}")), "cannot be read"),
+    "vocabulary above the model's": (
+        lambda desk: desk.words(tokenizer=desk.tokenizer(400)),
+        "the model has a vocabulary of 300 and the tokenizer of 400: they must match",
+    ),
+    "vocabulary unlike the tokenizer's": (
+        lambda desk: desk.words(tokenizer=desk.tokenizer(290), vocab_size=300),
+        "vocab_size=300, but the tokenizer",
+    ),
+    "vocabulary to train above the model's": (changed(vocab_size=310), "the model has a vocabulary of 300"),
+    "vocabulary too small": (changed(vocab_size=200), "vocab_size=200 must be at least 257"),
+    "sequence too long": (changed(seq_len=65), "seq_len=65 is longer than the model's max_position_embeddings=64"),
+    # low rank
+    "negative rank": (changed(rank=-1), "rank=-1 must be a whole number, 0 or more"),
+    "rank above every weight": (changed(rank=32), "rank=32 is not below the smaller side of any selected weight"),
+    "no target matched": (changed(targets="zzz"), "targets: ['zzz'] match no parameter"),
+    "targets no regex": (changed(targets="q_proj("), "targets='q_proj(' is not a regular expression"),
+    "alpha 0": (changed(alpha=0), "alpha=0.0 must be a positive number"),
+    "ramp longer than the period": (
+        changed(restart_every=3, restart_warmup=4),
+        "restart_warmup=4 is longer than restart_every=3",
+    ),
+    "unknown pruning": (changed(prune="magnitude"), "prune='magnitude' is not known"),
+    # rates and counts
+    "lr nan": (changed(lr="nan"), "lr=nan must be a finite number, 0 or more"),
+    "lr inf": (changed(lr="inf"), "lr=inf must be a finite number, 0 or more"),
+    "no steps": (changed(steps=0), "steps=0 must be a whole number of at least 1"),
+    "steps and tokens": (changed(tokens=10**6), "both say how long to train"),
+    "micro batch": (changed(batch_size=4, micro_batch_size=3), "micro_batch_size=3 must divide batch_size=4"),
+    "unknown base": (changed(base="lion"), "base='lion' is not known: choose one of adamw, sgd, muon"),
+    "unknown device": (changed(device="abacus"), "device='abacus' is not to be had here"),
+    # files
+    "unknown key": (config_file("restart_evry = 3\n"), "did you mean 'restart_every'?"),
+    "wrong kind": (config_file('keep = "ten"\n'), "keep='ten' is of the wrong kind: it must be int"),
+    "words for a number": (config_file('lr = "1e-3"\n'), "lr='1e-3' is of the wrong kind: it must be float"),
+    "config that is no TOML": (config_file(b"\xff"), "is not TOML"),
+    "missing config": (changed(config="nowhere.toml"), "config='nowhere.toml' cannot be read"),
+    "output folder in use": (in_use, "is in use: give a new folder, or go on with --resume"),
+    "output folder a file": (a_file_for_a_folder, "is in use"),
+    "output folder below a file": (below_a_file, "file/run"),
+    "resume of nothing": (lambda desk: ["pretrain", "--resume", desk.path("nowhere")], "is not the folder of a run"),
+    "resume without checkpoints": (a_run_without_checkpoints, "holds no checkpoint to resume or export"),
+    "resume of a later version": (a_run_of_a_later_version, "'novelty' is not an option"),
+    # the other commands
+    "export of nothing": (lambda desk: ["export", desk.path("nowhere"), "--out", desk.path("e")], "nowhere"),
+    "export in an unknown dtype": (
+        lambda desk: ["export", desk.path("nowhere"), "--out", desk.path("e"), "--dtype", "int8"],
+        "dtype='int8' is not known",
+    ),
+    "generate from nothing": (lambda desk: ["generate", desk.path("nowhere"), "--prompt", "a"], "nowhere"),
+    "plot of nothing": (lambda desk: ["plot", desk.path("nowhere")], "nowhere"),
+    "spectrum of nothing": (lambda desk: ["spectrum", desk.path("a"), desk.path("b")], "a"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2_before_any_training(
+    name: str, desk: Desk, trained: list[train.Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words, message = MISTAKES[name]
+    arguments = words(desk)
+    before = sorted(path for path in desk.folder.rglob("*") if "cache" not in path.parts)
+    assert run(*arguments) == 2
+    line = one_line(capfd)
+    assert message in line
+    assert "Traceback" not in line
+    assert not trained
+    assert sorted(path for path in desk.folder.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_the_same_words_without_a_mistake_would_train(desk: Desk, trained: list[train.Run]) -> None:
+    assert run(*desk.words()) == 0
+    assert [run.config.rank for run in trained] == [4]
+
+
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_the_program_says_one_line_whatever_the_width(columns: str, tmp_path: Path) -> None:
+    if not PROGRAM.exists():
+        pytest.skip("the console script is installed elsewhere than beside this interpreter")
+    done = subprocess.run(
+        [PROGRAM, "pretrain", "--restart-every", "3", "--restart-warmup", "4", "--out", tmp_path / "run"],
+        env={**os.environ, "COLUMNS": columns, "FORCE_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "relora-opt: restart_warmup=4 is longer than restart_every=3: the rate would never recover; shorten the ramp\n"
+    )
+    assert not done.stdout
+    assert not (tmp_path / "run").exists()
