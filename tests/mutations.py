@@ -257,23 +257,37 @@ MUTATIONS = (
     Mutation(
         "sum micro-batches instead of averaging",
         "step.py",
-        "(loss / self.accumulate).backward()\n        return",
-        "loss.backward()\n        return",
+        "(loss / accumulate).backward()",
+        "loss.backward()",
         ("test_laws_step.py", "accumulating_k"),
     ),
     Mutation(
         "swap the weights back before the backward pass",
         "step.py",
-        "        if self._swap is None:\n",
+        "        if not self._is_swapped:\n",
         "        if False:\n",
         ("test_laws_autograd.py", "activation_checkpointing and functional"),
     ),
     Mutation(
         "let loading cast factors to the weight's dtype",
         "optimizer.py",
-        "self.state[W] = loaded(saved, live.get(W), W.device)",
+        "self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)",
         "pass",
         ("test_laws_resume.py", "continuing_from_a_file and dense and bfloat16 and SGD"),
+    ),
+    Mutation(
+        "forget the functional models at a load",
+        "optimizer.py",
+        'if not hasattr(self, "_functionals"):',
+        "if True:",
+        ("test_functional.py", "rollback_across_the_switch and False"),
+    ),
+    Mutation(
+        "swap a shared module once for each of its names",
+        "step.py",
+        "output = functional_call(model, weights, args, kwargs, tie_weights=False)",
+        "output = functional_call(model, weights, args, kwargs)",
+        ("test_functional.py", "module_under_two_names"),
     ),
 )
 

@@ -73,7 +73,9 @@ def test_a_module_under_two_names_trains_as_densely_and_stays_whole() -> None:
     for index in range(4):
         x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
         for call, optimizer in ((f, functional), (theirs, dense)):
-            call(x).square().mean().backward()
+            loss = call(x).square().mean()
+            assert is_whole(ours)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         assert is_whole(ours)
