@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import UserError
-from .report import Row, read_metrics
+from .metrics import Row, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,9 +32,10 @@ from .checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progr
 from .config import Config, UserError, load_config_file, resolve, to_toml
 from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
+from .metrics import Phase, Row, truncate_metrics
 from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
 from .plot import plot_runs
-from .report import Phase, Row, Summary, View, print_summary, truncate_metrics
+from .report import Summary, View, print_summary
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.toml"
 _EVAL_SEQUENCES = 256  # drawn once from the held-out documents

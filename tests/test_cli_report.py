@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from relora_opt_cli.config import UserError
-from relora_opt_cli.report import Row, Summary, View, print_summary, read_metrics, truncate_metrics
+from relora_opt_cli.metrics import Row, read_metrics, truncate_metrics
+from relora_opt_cli.report import Summary, View, print_summary
 from rich.console import Console
 
 KEYS = ["update", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "restarts", "phase"]

@@ -19,8 +19,8 @@ from relora_opt_cli.checkpoint import checkpoints
 from relora_opt_cli.config import UserError, load_config_file, resolve
 from relora_opt_cli.export import export_run
 from relora_opt_cli.generate import generate
+from relora_opt_cli.metrics import Row, read_metrics
 from relora_opt_cli.model import Llama, load_config, load_weights
-from relora_opt_cli.report import Row, read_metrics
 from relora_opt_cli.train import resume_run, start_run
 from safetensors.torch import load_file
 

@@ -1,0 +1,119 @@
+"""The rows of metrics.jsonl: what a run records of itself, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .config import UserError
+
+Phase = Literal["warm_start", "low_rank", "full_rank"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.jsonl. None where a row has no such number: not measured at this update.
+
+    Args:
+        update: updates applied so far; the row at 0 holds the validation loss before training.
+        tokens: tokens trained on so far.
+        loss: training loss, nats per token.
+        val_loss: validation loss, nats per token.
+        lr: effective learning rate of the selected weights, or of their factors.
+        grad_norm: gradient norm before clipping.
+        tokens_per_second: tokens trained on per second.
+        restarts: restarts so far.
+        phase: "warm_start", "low_rank" or "full_rank".
+    """
+
+    update: int
+    tokens: int
+    loss: float | None
+    val_loss: float | None
+    lr: float
+    grad_norm: float | None
+    tokens_per_second: float | None
+    restarts: int
+    phase: Phase
+
+    def to_json(self) -> str:
+        """Return the row as one line of JSON, without the newline. JSON has no nan or infinity: they become null."""
+        numbers = {key: _finite(value) for key, value in asdict(self).items()}
+        return json.dumps(numbers, allow_nan=False)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of a metrics.jsonl. A last line that a killed run left torn is dropped.
+
+    Raises:
+        UserError: the file is missing, or a line is not a row (names the file and the line).
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read metrics {str(path)!r}: {error.strerror}; give the folder of a run") from error
+    rows = [_row(line, where=f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1)]
+    try:
+        last = [_row(lines[-1], where=str(path))]
+    except UserError:  # only a line without its newline gets here: empty, or torn
+        last = []
+    return rows + last
+
+
+def truncate_metrics(path: Path, *, after_update: int) -> None:
+    """Drop the rows after an update, so that a resumed run writes none twice. The file is replaced whole or not at all.
+
+    A missing file stays missing.
+
+    Raises:
+        UserError: a line is not a row.
+    """
+    if not path.exists():
+        return
+    kept = [row.to_json() + "\n" for row in read_metrics(path) if row.update <= after_update]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _row(line: bytes, *, where: str) -> Row:
+    """Read one line of metrics.jsonl."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {_excerpt(line)}; remove the line") from error
+    if not isinstance(values, dict) or set(values) != set(_KINDS):
+        raise UserError(f"{where} does not have the keys {', '.join(_KINDS)}: {_excerpt(line)}; remove the line")
+    for key, kinds in _KINDS.items():
+        if type(values[key]) not in kinds or (key == "phase" and values[key] not in get_args(Phase)):
+            raise UserError(f"{where} has {key} = {json.dumps(values[key])}, which is no such number; remove the line")
+    return Row(**values)
+
+
+def _excerpt(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_NUMBER_OR_NULL = (int, float, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {
+    "update": (int,),
+    "tokens": (int,),
+    "loss": _NUMBER_OR_NULL,
+    "val_loss": _NUMBER_OR_NULL,
+    "lr": (int, float),
+    "grad_norm": _NUMBER_OR_NULL,
+    "tokens_per_second": _NUMBER_OR_NULL,
+    "restarts": (int,),
+    "phase": (str,),
+}
