@@ -93,7 +93,9 @@ def generate(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one run, or of several to compare.")],
-    out: Annotated[Path | None, typer.Option(help="The picture. (default: curves.png in the run)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture. (default: curves.png in the run; comparison.png here)")
+    ] = None,
 ) -> None:
     """Draw loss and learning rate of a run, or the validation losses of several."""
     from .plot import plot_runs
@@ -103,15 +105,16 @@ def plot(
 
 @app.command()
 def spectrum(
-    before: Annotated[Path, typer.Argument(help="Weights before: a folder or a .safetensors file.")],
+    before: Annotated[Path, typer.Argument(help="Weights before: an export, a run, a checkpoint or a file.")],
     after: Annotated[Path, typer.Argument(help="Weights after.")],
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("spectrum.png"),
 ) -> None:
     """Show the singular values of a weight change, by kind of layer."""
+    from .checkpoint import weights_of
     from .spectrum import plot_spectrum, print_spectrum
     from .spectrum import spectrum as spectra
 
-    rows = spectra(before, after)
+    rows = spectra(weights_of(before), weights_of(after))
     print_spectrum(rows, console=Console())
     typer.echo(f"drawn: {plot_spectrum(rows, out)}")
 
@@ -153,7 +156,8 @@ def _declare_options() -> None:
 def _flag(name: str, kind: Any) -> Any:
     """Return what typer needs to make an option of a field: not given means None."""
     metadata = FIELDS[name].metadata
-    option = typer.Option(help=metadata["help"], rich_help_panel=metadata["panel"], show_default=False)
+    metavar = "<float> <float>" if kind == tuple[float, float] else None
+    option = typer.Option(help=metadata["help"], rich_help_panel=metadata["panel"], show_default=False, metavar=metavar)
     kind = next((part for part in get_args(kind) if part is not type(None)), kind) if _is_optional(kind) else kind
     if kind == tuple[str, ...]:
         return Annotated[list[str] | None, option]

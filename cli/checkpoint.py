@@ -118,6 +118,11 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def weights_of(path: Path) -> Path:
+    """Return where a path's weights are: a run's newest checkpoint, or the path itself."""
+    return latest_checkpoint(path) if checkpoints(path) else path
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read where the loop was.
 

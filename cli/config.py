@@ -82,7 +82,9 @@ class Config:
     warm_start: int = _option(
         "Full-rank updates before the first cycle. (default: a fifth of the run)", panel=_LOW_RANK
     )
-    restart_every: int = _option("Updates in a cycle; 0 is plain LoRA. (default: a fifth of the run)", panel=_LOW_RANK)
+    restart_every: int = _option(
+        "Updates in a cycle; 0 is plain LoRA. (default: three restarts a run)", panel=_LOW_RANK
+    )
     restart_warmup: int = _option("Updates of the ramp after a restart. (default: a tenth of a cycle)", panel=_LOW_RANK)
     prune: str = _option(
         "State at a restart: reset, keep, magnitude:0.9 or random:0.99. (default: reset)", panel=_LOW_RANK
@@ -219,7 +221,9 @@ def _follow(filled: Options, given: Options) -> Options:
 
     default("warmup", steps // 20)
     default("warm_start", steps // 5)
-    default("restart_every", steps // 5)
+    default(
+        "restart_every", max(0, steps - filled["warm_start"]) // 4 + 1
+    )  # four cycles, none of which ends at the end
     default("restart_warmup", filled["restart_every"] // 10)
     default("eval_every", max(1, steps // 10))
     default("save_every", max(1, steps // 5))
@@ -259,6 +263,8 @@ def _check(config: Config) -> None:
             f"restart_warmup={config.restart_warmup} is longer than restart_every={config.restart_every}: "
             "the rate would never recover; shorten the ramp"
         )
+    if config.rank > 0:
+        _check_cycles(config)
     if config.batch_size % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} must divide batch_size={config.batch_size}, so that every "
@@ -269,6 +275,21 @@ def _check(config: Config) -> None:
     if config.vocab_size is not None and config.vocab_size < 257:
         raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
     parse_prune(config.prune)
+
+
+def _check_cycles(config: Config) -> None:
+    """Refuse a run that would end before what it asks for begins."""
+    if config.warm_start >= config.steps:
+        raise UserError(
+            f"warm_start={config.warm_start} leaves no low-rank update in steps={config.steps}: shorten it, or give "
+            "rank 0 to train at full rank"
+        )
+    first = config.warm_start + config.restart_every
+    if config.restart_every > 0 and first > config.steps:
+        raise UserError(
+            f"restart_every={config.restart_every} puts the first restart after update {first}, beyond "
+            f"steps={config.steps}: shorten it, or give 0 for no restart"
+        )
 
 
 def parse_prune(text: str) -> tuple[str, float | None]:

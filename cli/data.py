@@ -189,6 +189,8 @@ def _read_line(line: bytes, place: str, text_field: str) -> str:
 def _text_of(record: Any, place: str, text_field: str) -> str:
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
+        if isinstance(record, dict) and text_field in record:
+            raise UserError(f"{place} has {record[text_field]!r} under text_field={text_field!r}: text goes there")
         keys = f"an object with {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
         raise UserError(f"{place} has no text under text_field={text_field!r} but is {keys}: name the right key")
     try:

@@ -61,7 +61,7 @@ def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | 
         tokenizer.save(str(partial / TOKENIZER))
         os.replace(partial, out)
     except OSError as error:
-        raise UserError(f"out={str(out)!r} cannot be written: {error.strerror}") from error
+        raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out

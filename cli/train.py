@@ -82,13 +82,17 @@ def resume_run(folder: Path) -> None:
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {_CONFIG} in it")
     config = replace(resolve(load_config_file(folder / _CONFIG)), out=str(folder))
     checkpoint = latest_checkpoint(folder)
-    if read_progress(checkpoint).is_finished:
-        console.print(f"{folder} is finished: {config.steps} updates; nothing to resume", markup=False, highlight=False)
+    progress = read_progress(checkpoint)
+    if progress.is_finished:
+        console.print(
+            f"{folder} is finished: {progress.update} updates; nothing to resume", markup=False, highlight=False
+        )
         return
     _set_threads(config)
     run = _prepare(config, folder, load_config(folder / MODEL_CONFIG), console)
     run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
-    truncate_metrics(folder / _METRICS, after_update=run.progress.update)
+    # A run that has made no update evaluates again, and writes its first row again.
+    truncate_metrics(folder / _METRICS, after_update=run.progress.update or -1)
     console.print(f"resuming {folder} after update {run.progress.update}", markup=False, highlight=False)
     train(run)
 
@@ -206,8 +210,8 @@ class _Loop:
         self.view.say(f"update {update} skipped: loss {loss} or its gradient is not finite")
         if self.num_skips >= _SKIPS_TO_STOP:
             raise UserError(
-                f"{self.num_skips} updates in a row had no finite loss or gradient (lr={self.run.config.lr}): "
-                f"lower lr and go on from the last checkpoint in {self.run.folder}, or start again"
+                f"{self.num_skips} updates in a row had no finite loss or gradient (lr={self.run.config.lr}, "
+                f"rest_lr={self.run.config.rest_lr}): start again with lower rates"
             )
 
 
@@ -300,7 +304,7 @@ def _write_folder(run: Run) -> None:
         )
         run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
     except OSError as error:
-        raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror}") from error
+        raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror or error}") from error
     _save(run, is_finished=False)
 
 

@@ -46,6 +46,8 @@ def save_merged(
         ValueError: for an unreadable size, a dtype that is not floating, or a model without tensors.
         OSError: where the folder does not exist, or the disk refuses.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: save_merged(model, path) takes the module first")
     path = Path(path)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r} cannot hold weights: give torch.float32, torch.bfloat16 or torch.float16")

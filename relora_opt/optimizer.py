@@ -111,6 +111,8 @@ class ReLoRAOptimizer(Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
+        for theirs in options.keys() & _PEFT_NAMES:
+            raise TypeError(f"{theirs}={options[theirs]!r} is PEFT's name: here it is {_PEFT_NAMES[theirs]}=")
         if init not in INITS:
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -275,6 +277,11 @@ class ReLoRAOptimizer(Optimizer):
         """The schedule's multiplier for the coming update."""
         return self.schedule(self.num_updates + 1, int(self.param_groups[0]["last_restart"]))
 
+    @property
+    def selected(self) -> list[str]:
+        """The names of the low-rank weights, in the order of the groups."""
+        return [slot.name for _, slot, _ in self._selected()]
+
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""
         return self._last_lr or [float(lr) for lr in self._rates()]
@@ -310,7 +317,10 @@ class ReLoRAOptimizer(Optimizer):
         """
         selected = next((item for item in self._selected() if item.W is parameter), None)
         if selected is None:
-            raise KeyError(f"the parameter of shape {tuple(parameter.shape)} is not low-rank in this optimizer")
+            what = (
+                f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
+            )
+            raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
         if not self.is_low_rank:
             raise ValueError(
                 f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
@@ -511,4 +521,5 @@ class ReLoRAOptimizer(Optimizer):
         return bool(found) and not any(bool(gradient.any()) for gradient in found)
 
 
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 _OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots", "_passes_closure")

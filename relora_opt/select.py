@@ -71,6 +71,8 @@ class LowRank:
         is_names = isinstance(self.targets, Sequence) and all(isinstance(name, str) for name in self.targets)
         if not (self.targets is None or callable(self.targets) or is_names):
             raise TypeError(f"targets={self.targets!r} must be a regular expression, a list of names or a predicate")
+        if isinstance(self.targets, type):
+            raise TypeError(f"targets={self.targets!r} is a class: name weights, or give a predicate (name, parameter)")
 
     @property
     def scale(self) -> float:
@@ -175,6 +177,7 @@ class _Choice:
             except re.error as error:
                 raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from error
         self.targets = targets
+        self._seen: list[str] = []
         self.batch_ids: set[int] = set() if model is None else set(_batch_ids(model))
         self.defaults: set[str] = set() if model is None or targets is not None else set(default_targets(model))
         self._unmatched = {targets} if isinstance(targets, str) else set()
@@ -191,13 +194,14 @@ class _Choice:
         else:
             matches = {t for t in targets or () if _names(canonical_name(t), name)}
         self._unmatched -= matches
+        self._seen.append(name)
         return bool(matches)
 
     def check_all_matched(self) -> None:
         if self._unmatched:
             raise ValueError(
                 f"targets: {sorted(self._unmatched)} match no parameter of two or more dimensions; "
-                "list the names with [name for name, _ in model.named_parameters()]"
+                f"there are {', '.join(self._seen[:5])}{', ...' if len(self._seen) > 5 else ''}"
             )
 
 

@@ -132,6 +132,8 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
         ValueError: for another optimizer's state, an unknown format, other ranks, or counters that disagree with the
             state (past the switch without factors, or before it with them).
     """
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(f"state_dict holds {sorted(saved)}: it must be what optimizer.state_dict() gave")
     saved_groups = saved["param_groups"]
     if any("relora_format" not in group for group in saved_groups):
         raise ValueError("this state was not saved by ReLoRAOptimizer: load it into the base optimizer it came from")

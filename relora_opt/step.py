@@ -249,6 +249,8 @@ def _split(result: Any, *, has_aux: bool) -> tuple[Tensor, Any]:
 def _check_model(model: nn.Module, known: set[int]) -> None:
     parameters = dict(model.named_parameters())
     if not known & {id(p) for p in parameters.values()}:
+        while isinstance(model, (_Loss, _WithBackward)):  # what a Step wraps around the caller's
+            model = model.model if isinstance(model, _Loss) else model.loss
         raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
     sharded = [name for name, p in parameters.items() if type(p.data).__name__ == "DTensor"]
     if sharded:

@@ -37,16 +37,36 @@ def write(path: Path, text: str) -> Path:
 @given(st.integers(1, 10**6))
 def test_lengths_that_are_not_set_are_shares_of_the_run(steps: int) -> None:
     config = resolve({"steps": steps})
-    assert (config.warmup, config.warm_start, config.restart_every) == (steps // 20, steps // 5, steps // 5)
+    assert (config.warmup, config.warm_start) == (steps // 20, steps // 5)
+    restarts = range(config.warm_start + config.restart_every, steps + 1, config.restart_every)
+    assert 1 <= len(restarts) <= 3
+    assert len(restarts) == 3 or steps < 20
+    assert steps not in restarts or steps < 20
     assert config.restart_warmup == config.restart_every // 10
     assert (config.eval_every, config.save_every) == (max(1, steps // 10), max(1, steps // 5))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**5), st.integers(1, 10**5))
-def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int, steps: int) -> None:
-    config = resolve({"restart_every": restart_every, "steps": steps})
+@given(st.integers(0, 10**5))
+def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
+    config = resolve({"restart_every": restart_every, "steps": 10**6})
     assert (config.restart_every, config.restart_warmup) == (restart_every, restart_every // 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"warm_start": 100}, "warm_start=100 leaves no low-rank update in steps=100: shorten it, or give rank 0"),
+        (
+            {"restart_every": 90},
+            "restart_every=90 puts the first restart after update 110, beyond steps=100: shorten it",
+        ),
+    ],
+)
+def test_a_run_that_would_end_before_what_it_asks_for_is_refused(options: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve({"steps": 100, **options})
+    resolve({"steps": 100, "rank": 0, **options})  # full rank asks for neither
 
 
 @settings(max_examples=60, deadline=None)

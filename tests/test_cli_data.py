@@ -88,7 +88,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
             b'{"id": 1, "body": "x"}',
             r"line 1 has no text under text_field='text' but is an object with 'id', ",
         ),
-        ("a.jsonl", b'{"text": 3}', r"a\.jsonl, line 1 has no text under text_field='text'"),
+        ("a.jsonl", b'{"text": 3}', r"a\.jsonl, line 1 has 3 under text_field='text': text goes there"),
         ("a.jsonl", b'"text"', r"line 1 has no text under text_field='text' but is no object: name the right key"),
         ("a.jsonl", rb'{"text": "\ud800"}', r"line 1 has text that is not Unicode \(surrogates not allowed\)"),
         ("a.csv", b"text\nhello", r"a\.csv' is neither \.txt nor \.jsonl: convert it"),
@@ -121,7 +121,7 @@ def test_a_dataset_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_documents(["me/set"], text_field="body") == ["one", "two"]
     with pytest.raises(UserError, match=r"data='me/set' has no column text_field='text' but 'body', 'id': name one"):
         read_documents(["me/set"])
-    with pytest.raises(UserError, match=r"data='me/set', row 0 has no text under text_field='id'"):
+    with pytest.raises(UserError, match=r"data='me/set', row 0 has 1 under text_field='id': text goes there"):
         read_documents(["me/set"], text_field="id")
 
 

@@ -261,7 +261,7 @@ def test_selected_weights_train_at_lr_and_the_rest_at_rest_lr(tmp_path: Path) ->
 
 
 def test_a_diverging_run_ends_with_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lower lr"):
+    with pytest.raises(UserError, match="start again with lower rates"):
         train(tmp_path, lr=1e30, max_grad_norm=float("inf"), warmup=0)
 
 

@@ -97,14 +97,12 @@ MISTAKES = {
     "max_grad_norm 0": Mistake(lambda: low_rank(max_grad_norm=0.0), ValueError, "max_grad_norm=0.0", "None leaves"),
     "max_grad_norm nan": Mistake(lambda: low_rank(max_grad_norm=math.nan), ValueError, "max_grad_norm=nan", "positive"),
     # what is selected
-    "targets unmatched": Mistake(
-        lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "model.named_parameters"
-    ),
+    "targets unmatched": Mistake(lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "there are stem.weight"),
     "targets no regex": Mistake(
         lambda: low_rank(targets="first("), ValueError, "targets='first('", "regular expression"
     ),
     "targets a number": Mistake(lambda: low_rank(targets=5), TypeError, "targets=5", "names"),
-    "target_names unmatched": Mistake(lambda: target_names(mlp(), "zzz"), ValueError, "'zzz'", "list the names"),
+    "target_names unmatched": Mistake(lambda: target_names(mlp(), "zzz"), ValueError, "'zzz'", "there are stem.weight"),
     "targets match nothing": Mistake(
         lambda: low_rank(targets=lambda name, p: False), ValueError, "rank=2", "name some with targets="
     ),
