@@ -42,6 +42,7 @@ class Progress:
         val_loss_switch: the same after the warm start; None before it or without one.
         val_loss: the latest.
         is_finished: whether the run has reached its end.
+        corpus: fingerprint of the texts that it trains on.
     """
 
     update: int
@@ -51,6 +52,7 @@ class Progress:
     val_loss_switch: float | None = None
     val_loss: float | None = None
     is_finished: bool = False
+    corpus: str = ""
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, progress: Progress, *, keep: int) -> Path:

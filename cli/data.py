@@ -59,6 +59,11 @@ class Corpus:
         """The smallest number of embeddings that serves every id: the tokenizer's, not the one asked for."""
         return vocabulary_size(self.tokenizer)
 
+    @property
+    def fingerprint(self) -> str:
+        """What both streams hold, as a hexadecimal digest."""
+        return hashlib.sha256(self.train.tobytes() + self.val.tobytes()).hexdigest()
+
 
 def prepare(
     sources: Sequence[str],

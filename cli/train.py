@@ -11,6 +11,7 @@ function of how many were served, and everything else is in the checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -91,6 +92,11 @@ def resume_run(folder: Path) -> None:
     _set_threads(config)
     run = _prepare(config, folder, load_config(folder / MODEL_CONFIG), console)
     run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
+    if run.progress.corpus != run.corpus.fingerprint:
+        raise UserError(
+            f"the texts are not those that {folder} was trained on (data={list(config.data)}): restore them, or start "
+            "a new run with --init-from"
+        )
     # A run that has made no update evaluates again, and writes its first row again.
     truncate_metrics(folder / _METRICS, after_update=run.progress.update or -1)
     console.print(f"resuming {folder} after update {run.progress.update}", markup=False, highlight=False)
@@ -257,12 +263,14 @@ def _prepare(config: Config, folder: Path, shape: LlamaConfig, console: Console)
     device = find_device(config)
     model = Llama(shape).to(device)
     optimizer = make_optimizer(model, config)
-    return Run(config, folder, console, corpus, model, optimizer, Progress(update=0, attempts=0, seconds=0.0))
+    progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
+    return Run(config, folder, console, corpus, model, optimizer, progress)
 
 
 def _close(run: Run) -> None:
     """Export, draw and say how it went."""
     config, folder, progress = run.config, run.folder, run.progress
+    shutil.rmtree(folder / "export", ignore_errors=True)  # of a run that was killed right here
     export = write_export(run.model, run.corpus.tokenizer, folder / "export")
     curves = plot_runs([folder], None)
     _save(run, is_finished=True)
