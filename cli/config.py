@@ -183,7 +183,7 @@ def load_config_file(path: str | Path) -> Options:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config={str(path)!r} is not TOML: {error}") from error
     _check_names(options, str(path))
-    return options
+    return dict(options)
 
 
 def to_toml(config: Config) -> str:
