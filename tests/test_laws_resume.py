@@ -149,3 +149,24 @@ def test_continuing_through_the_state_dict_of_distributed_checkpoint_is_bitwise(
     set_optimizer_state_dict(resumed, fresh, saved, options=options)
     assert (fresh.num_updates, fresh.num_restarts) == (clock["num_updates"], clock["num_restarts"])
     assert not differences(run("dense", resumed, fresh, stop), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_model_and_optimizer_load_in_either_order(model_first: bool, dtype: torch.dtype) -> None:
+    model, schedule = mlp(dtype), jagged_schedule(4, 1, 3)
+    optimizer = relora(model, schedule=schedule)
+    step = stepper("dense", optimizer, model)
+    for index in range(6):
+        step(*batch(index, dtype))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = mlp(dtype, seed=3)
+    fresh = relora(other, schedule=schedule)
+    pairs = list(zip((other, fresh), saved, strict=True))
+    for target, state in pairs if model_first else reversed(pairs):
+        target.load_state_dict(state)
+    other_step = stepper("dense", fresh, other)
+    for index in range(6, 12):
+        step(*batch(index, dtype))
+        other_step(*batch(index, dtype))
+    assert not differences(snapshot(model, optimizer), snapshot(other, fresh))
