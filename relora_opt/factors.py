@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-INITS = ("kaiming", "orthogonal")
+INITS = ("kaiming", "orthogonal", "gradient")
 
 
 def matrix_shape(weight: Tensor, *, is_batch: bool = False) -> tuple[int, ...]:
@@ -41,22 +41,30 @@ def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
     """Draw A (r, n), or (batch, r, n), for a weight of this matrix shape, on `like`'s device.
 
     "kaiming" is the paper's: uniform on (-1/sqrt(n), 1/sqrt(n)), as `nn.init.kaiming_uniform_(A, a=sqrt(5))`.
-    "orthogonal" has orthonormal rows, as `nn.init.orthogonal_`.
+    "orthogonal" has orthonormal rows, as `nn.init.orthogonal_`; "gradient" starts from there.
     """
     *batch, _, n = shape
     A = torch.empty(*batch, rank, n, dtype=factor_dtype(like.dtype))
     if init == "kaiming":
         A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
     else:
-        basis, triangle = torch.linalg.qr(A.normal_(generator=generator).mT)
-        A = (basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT.contiguous()
+        A = _orthonormal_rows(A.normal_(generator=generator))
     return A.to(like.device)
 
 
-def new_b(shape: tuple[int, ...], rank: int, *, like: Tensor) -> Tensor:
-    """Return B = 0 of shape (m, r), or (batch, m, r)."""
+def draw_b(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Return B of shape (m, r), or (batch, m, r): 0, or orthonormal columns to sketch with for init "gradient"."""
     *batch, m, _ = shape
-    return torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype), device=like.device)
+    B = torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype))
+    if init == "gradient":
+        B = _orthonormal_rows(B.normal_(generator=generator).mT).mT.contiguous()
+    return B.to(like.device)
+
+
+def _orthonormal_rows(drawn: Tensor) -> Tensor:
+    basis, triangle = torch.linalg.qr(drawn.mT)
+    rows: Tensor = (basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT
+    return rows.contiguous()
 
 
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:

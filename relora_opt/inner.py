@@ -124,6 +124,49 @@ def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     return function(optimizer) if closure is None else function(optimizer, closure)
 
 
+def matched_scale(base: Base, group: Group, shape: tuple[int, int], A: Tensor) -> float:
+    """Return the scale s with which the base's update of B moves W as far as its update of W itself would.
+
+    As far in RMS, at the same rate, for gradients of the same norm that lie in A's span. Where the size of an update
+    U goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For
+    orthonormal rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
+    "match_rms_adamw"). It is found by trying the base.
+
+    Args:
+        group: the base's options.
+        shape: (m, n) of W.
+        A: (r, n), as it is drawn.
+
+    Raises:
+        ValueError: where the base moves nothing in the trial.
+    """
+    (m, n), r = shape, A.shape[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(gradient: Tensor, factor: float = 1.0) -> Tensor:
+        of_norm = gradient * (factor * math.sqrt(m * n) / gradient.norm())
+        return _trial_update(base, group, of_norm.to(A.device))
+
+    of_dense = moved(torch.randn(m, n, generator=generator)).norm()
+    of_factor = torch.randn(m, r, generator=generator)
+    once, twice = moved(of_factor), moved(of_factor, 2.0)
+    if not (of_dense > 0 and once.norm() > 0):
+        raise ValueError('alpha="matched" needs a base whose first updates move something: give alpha as a number')
+    power = math.log2(float(twice.norm() / once.norm()))
+    scale: float = float(of_dense / (once @ A.float()).norm()) ** (1 / (1 + power))
+    return scale
+
+
+def _trial_update(base: Base, group: Group, gradient: Tensor) -> Tensor:
+    """Return what a fresh base makes of a zero matrix in its 8th update; RAdam's first ones are SGD's."""
+    scratch = torch.zeros_like(gradient)
+    optimizer = base.build([{**group, "params": [scratch], "lr": 1.0}])
+    for _ in range(8):
+        scratch.zero_().grad = gradient.clone()
+        step(optimizer)
+    return scratch
+
+
 class FreshState:
     """What a fresh base optimizer's state of one factor is, found by trying it.
 

@@ -16,7 +16,7 @@ weight.py, schedule.py and prune.py, the layout of the state in state.py, the ba
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import gradients, inner
+from . import gradients, inner, pointing
 from . import prune as pruning
-from .factors import INITS, draw_generator, product
+from .factors import INITS, draw_a, draw_generator, matrix_shape, product
 from .schedule import JaggedSchedule
-from .select import LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
+from .select import MATCHED, LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
 from .state import (
     CLOCK,
+    FORMAT,
     Entry,
     LowRankState,
     check_fits,
@@ -56,6 +57,7 @@ class _Selected(NamedTuple):
     W: Tensor
     slot: Slot
     group: Group
+    scale: float
 
 
 class ReLoRAOptimizer(Optimizer):
@@ -66,12 +68,16 @@ class ReLoRAOptimizer(Optimizer):
             `alpha` and `factor_lr` beside the base optimizer's options.
         base: an optimizer class, or a factory `groups -> Optimizer`.
         rank: r of the factors; 0 trains everything densely.
-        alpha: scale s = alpha / rank; None means alpha = rank.
+        alpha: scale s = alpha / rank; None means alpha = rank. "matched" gives every weight the s with which an update
+            moves it as far as the base's full-rank update at the same rate (sqrt(n / rank) for Adam), so that a tuned
+            full-rank rate carries over.
         targets: which weights are low-rank: a regular expression searched for in parameter names, a list of names (of
             parameters or modules, whole or their last parts), or a predicate (name, parameter) -> bool. None: the
             weights of linear layers except embeddings, tied weights and the output head.
         schedule: the clock of restarts and rates; None means a restart every 1000 updates with a ramp of 50.
-        init: how A is drawn, "kaiming" (the paper) or "orthogonal".
+        init: how A is drawn: "kaiming" (the paper), "orthogonal", or "gradient": along the leading right singular
+            directions of the weight's gradient, exactly on the dense path, and by two sketches, in the first two
+            updates of a cycle, on the functional path (see pointing.py).
         prune: what restarts leave of the factors' optimizer state, `prune.reset()` by default.
         factor_lr: multiplies the learning rate of factors only.
         max_grad_norm: clips the norm of factor and dense gradients together; None leaves them alone.
@@ -101,7 +107,7 @@ class ReLoRAOptimizer(Optimizer):
         base: Callable[..., Optimizer] = torch.optim.AdamW,
         *,
         rank: int = 128,
-        alpha: float | None = None,
+        alpha: float | str | None = None,
         targets: Targets = None,
         schedule: JaggedSchedule | None = None,
         init: str = "kaiming",
@@ -130,9 +136,13 @@ class ReLoRAOptimizer(Optimizer):
         is_plain = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         self._base.check_closure(is_plain=is_plain)
         self._slots = [group.slots for group in resolved]
+        self._matched: dict[tuple[int, ...], float] = {}
         self._init_transients()
         template = self._base.build([dict(group.options) for group in resolved])
-        groups = [{**given, **group.options} for given, group in zip(template.param_groups, resolved, strict=True)]
+        groups = [
+            {**given, **group.options, "pointing": self._num_sketches(group.options)}
+            for given, group in zip(template.param_groups, resolved, strict=True)
+        ]
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
@@ -160,7 +170,11 @@ class ReLoRAOptimizer(Optimizer):
         counts = not self._is_phantom()
         self._make_entries()
         base = self._inner.current(self.param_groups, self.state)
+        if counts:
+            self._point()
         with gradients.projected(self._low_rank_weights()):
+            if counts:
+                self._sketch()
             if self.max_grad_norm is not None:
                 parameters = [p for group in base.param_groups for p in group["params"]]
                 self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
@@ -193,12 +207,15 @@ class ReLoRAOptimizer(Optimizer):
         if not self._is_built:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
             return
-        param_group = {key: value for key, value in param_group.items() if key not in ("scale", *new_clock())}
+        param_group = {
+            key: value for key, value in param_group.items() if key not in ("scale", "pointing", *new_clock())
+        }
         num_groups, num_parameters = len(self.param_groups), sum(map(len, self._slots))
         try:
             for group in resolve_added_group(param_group, self._low_rank, num_before=num_parameters):
                 template = self._base.build([dict(group.options)]).param_groups[0]
-                super().add_param_group({**template, **group.options, **self._clock()})
+                own = {"pointing": self._num_sketches(group.options), **self._clock()}
+                super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:]
@@ -243,6 +260,9 @@ class ReLoRAOptimizer(Optimizer):
                 if is_low_rank(saved):
                     on_device = bool(group.get("fused") or group.get("capturable"))
                     self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)
+        for group in self.param_groups:  # of a state saved before there was pointing
+            group.setdefault("pointing", 0)
+            group["relora_format"] = FORMAT
         self._changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,7 +300,12 @@ class ReLoRAOptimizer(Optimizer):
     @property
     def selected(self) -> list[str]:
         """The names of the low-rank weights, in the order of the groups."""
-        return [slot.name for _, slot, _ in self._selected()]
+        return [
+            slot.name
+            for group, slots in zip(self.param_groups, self._slots, strict=True)
+            if group["rank"]
+            for slot in slots
+        ]
 
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""
@@ -305,22 +330,20 @@ class ReLoRAOptimizer(Optimizer):
         restart = self.num_restarts + 1
         for group in self.param_groups:
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
+            group["pointing"] = self._num_sketches(group)
         self._prune()
-        for W, slot, _ in self._selected():
+        for W, slot, _, _ in self._selected():
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
 
     def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """Return the live factors (A, B) of a low-rank weight: (r, n) and (m, r), or batches of them.
 
+        While A is being pointed (init "gradient", at the start of a cycle) they hold what the sketches are made with.
+
         Raises:
             KeyError: where the parameter is not low-rank. ValueError: before the switch.
         """
-        selected = next((item for item in self._selected() if item.W is parameter), None)
-        if selected is None:
-            what = (
-                f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
-            )
-            raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
+        selected = self._find(parameter)
         if not self.is_low_rank:
             raise ValueError(
                 f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
@@ -328,13 +351,23 @@ class ReLoRAOptimizer(Optimizer):
         entry = self._entry(selected)
         return entry["A"], entry["B"]
 
+    def scale(self, parameter: Tensor) -> float:
+        """Return the scale s of a low-rank weight.
+
+        Raises:
+            KeyError: where the parameter is not low-rank.
+        """
+        return self._find(parameter).scale
+
     @torch.no_grad()
     def frozen_weight(self, parameter: Tensor) -> Tensor:
         """Return W - s B A in W's shape and dtype: what module-style LoRA calls the frozen weight."""
         A, B = self.factors(parameter)
-        group = next(group for W, _, group in self._selected() if W is parameter)
+        selected = self._find(parameter)
+        if selected.group["pointing"]:
+            return parameter.detach().clone()
         W: Tensor = self.state.get(parameter, {}).get("master", parameter)
-        return (W - product(A, B, group["scale"]).view(W.shape)).to(parameter.dtype)
+        return (W - product(A, B, selected.scale).view(W.shape)).to(parameter.dtype)
 
     def set_clock(self, *, num_updates: int, num_restarts: int, last_restart: int) -> None:
         """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
@@ -421,21 +454,67 @@ class ReLoRAOptimizer(Optimizer):
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
 
-    def _selected(self) -> Iterator[_Selected]:
-        for group, slots in zip(self.param_groups, self._slots, strict=True):
-            if group["rank"]:
-                yield from (_Selected(W, slot, group) for W, slot in zip(group["params"], slots, strict=True))
+    def _selected(self, groups: Iterable[Group] | None = None) -> Iterator[_Selected]:
+        """Yield the low-rank weights of all groups, or of these."""
+        wanted = {id(group) for group in (self.param_groups if groups is None else groups)}
+        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+            if group["rank"] and id(group) in wanted:
+                for W, slot in zip(group["params"], slots, strict=True):
+                    yield _Selected(W, slot, group, self._scale(W, slot, number))
 
-    def _low_rank_weights(self) -> Iterator[LowRankState]:
-        """Yield the selected weights that have factors."""
-        for W, _, group in self._selected():
+    def _find(self, parameter: Tensor) -> _Selected:
+        for selected in self._selected():
+            if selected.W is parameter:
+                return selected
+        what = f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
+        raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
+
+    def _scale(self, W: Tensor, slot: Slot, number: int) -> float:
+        """Return s of a weight in group `number`; where it is matched it is found once for every shape."""
+        group = self.param_groups[number]
+        if group["scale"] != MATCHED:
+            return float(group["scale"])
+        m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
+        if (number, m, n) not in self._matched:
+            A = draw_a((m, n), group["rank"], init=self.init, generator=draw_generator(0, "", 0), like=W)
+            options = {key: value for key, value in group.items() if key != "params"}
+            self._matched[number, m, n] = inner.matched_scale(self._base, options, (m, n), A)
+        return self._matched[number, m, n]
+
+    def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
+        """Yield the selected weights, of all groups or of these, that have factors."""
+        for W, _, _, scale in self._selected(groups):
             entry = self.state.get(W)
             if is_low_rank(entry):
-                yield LowRankState(W, entry, group["scale"])
+                yield LowRankState(W, entry, scale)
+
+    def _num_sketches(self, group: Group) -> int:
+        """Return how many sketches point the A's of a group at the start of a cycle."""
+        return pointing.NUM_SKETCHES if self.init == "gradient" and group["rank"] else 0
+
+    def _pointing(self) -> list[Group]:
+        return [group for group in self.param_groups if group["pointing"] and self.is_low_rank]
+
+    def _point(self) -> None:
+        """Point the A's that are to be pointed, where dense gradients and no others have come."""
+        groups = self._pointing()
+        weights = list(self._low_rank_weights(groups))
+        if any(w.W.grad is not None for w in weights) and not any(w.has_gradient for w in weights):
+            pointing.point_(weights)
+            for group in groups:
+                group["pointing"] = 0
+
+    def _sketch(self) -> None:
+        """Take the factors' gradients for sketches, in the groups whose A's are still to be pointed."""
+        for group in self._pointing():
+            weights = list(self._low_rank_weights([group]))
+            if any(weight.has_gradient for weight in weights):
+                group["pointing"] -= 1
+                pointing.sketch_(weights, is_last=group["pointing"] == 0)
 
     def _entry(self, selected: _Selected) -> Entry:
         """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
-        W, slot, group = selected
+        W, slot, group, _ = selected
         entry = self.state[W] if W in self.state else self._drafts.get(W)
         if not is_low_rank(entry):
             entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
@@ -447,7 +526,7 @@ class ReLoRAOptimizer(Optimizer):
         """Give every low-rank weight its state, where the phase has it."""
         if not self.is_low_rank:
             return
-        is_news = any(not is_low_rank(self.state.get(W)) and W not in self._drafts for W, _, _ in self._selected())
+        is_news = any(not is_low_rank(self.state.get(W)) and W not in self._drafts for W, *_ in self._selected())
         for selected in self._selected():
             self.state[selected.W] = entry = self._entry(selected)
             check_fits(selected.W, entry, selected.slot.name)
@@ -490,7 +569,7 @@ class ReLoRAOptimizer(Optimizer):
     def _prune(self) -> None:
         """Prune the base's state of every factor, in place."""
         fresh: dict[tuple[int, torch.Size], inner.FreshState] = {}
-        for W, slot, group in self._selected():
+        for W, slot, group, _ in self._selected():
             entry = self.state[W]
             for key in ("A", "B"):
                 factor, state = entry[key], entry[f"{key}_state"]
@@ -522,4 +601,15 @@ class ReLoRAOptimizer(Optimizer):
 
 
 _PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
-_OWN = ("schedule", "init", "prune", "max_grad_norm", "seed", "_low_rank", "_base", "_slots", "_passes_closure")
+_OWN = (
+    "schedule",
+    "init",
+    "prune",
+    "max_grad_norm",
+    "seed",
+    "_low_rank",
+    "_base",
+    "_slots",
+    "_matched",
+    "_passes_closure",
+)

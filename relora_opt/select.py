@@ -25,6 +25,7 @@ from .factors import matrix_shape
 Params = nn.Module | Iterable[Any]
 Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
+MATCHED = "matched"  # alpha, and a group's scale, where each weight's own is found by inner.matched_scale
 _HEAD_NAMES = ("lm_head", "head", "classifier", "output")
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these call theirs "module", as others may
@@ -51,21 +52,24 @@ class LowRank:
 
     Args:
         rank: r; 0 selects nothing.
-        alpha: scale s = alpha / rank; None means alpha = rank.
+        alpha: scale s = alpha / rank; None means alpha = rank; "matched" leaves s to each weight's shape.
         factor_lr: multiplies the learning rate for factors only.
         targets: which parameters; None for the default.
     """
 
     rank: int
-    alpha: float | None
+    alpha: float | str | None
     factor_lr: float
     targets: Targets
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
             raise ValueError(f"rank={self.rank!r} must be a whole number, 0 or more: 0 trains everything densely")
-        if self.alpha is not None and not (_is_finite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} must be a positive number: the scale is alpha / rank")
+        is_number = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha > 0
+        if not (self.alpha is None or self.alpha == MATCHED or is_number):
+            raise ValueError(
+                f"alpha={self.alpha!r} must be a positive number (the scale is alpha / rank), or {MATCHED!r}"
+            )
         if not (_is_finite(self.factor_lr) and self.factor_lr >= 0):
             raise ValueError(f"factor_lr={self.factor_lr!r} must be 0 or more: it multiplies lr for the factors")
         is_names = isinstance(self.targets, Sequence) and all(isinstance(name, str) for name in self.targets)
@@ -75,10 +79,12 @@ class LowRank:
             raise TypeError(f"targets={self.targets!r} is a class: name weights, or give a predicate (name, parameter)")
 
     @property
-    def scale(self) -> float:
-        """s = alpha / rank, or 0 for rank 0."""
+    def scale(self) -> float | str:
+        """s = alpha / rank, or 0 for rank 0, or "matched"."""
         if self.rank == 0:
             return 0.0
+        if isinstance(self.alpha, str):
+            return self.alpha
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def merged_with(self, group: dict[str, Any]) -> LowRank:

@@ -2,7 +2,8 @@
 
     state[W] of a low-rank weight   {"A", "B", "A_state": {base's state of A}, "B_state": {...}, "master"?}
     state[p] of any other           the base optimizer's own
-    every group                     rank, scale, factor_lr, num_updates, num_restarts, last_restart, relora_format
+    every group                     rank, scale, factor_lr, pointing, num_updates, num_restarts, last_restart,
+                                    relora_format
 
 Only tensors, numbers and dictionaries of them, so `torch.load(weights_only=True)` and torch.distributed.checkpoint read
 it. "master" is the float32 value of a 16-bit weight, to which updates too small for 16 bits add up.
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .factors import draw_a, draw_generator, factor_dtype, matrix_shape, move_, new_b
+from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
 from .select import Slot
 
 Entry = dict[str, Any]
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # 1 had no "pointing" in its groups: no A was pointed by gradients
 CLOCK = ("num_updates", "num_restarts", "last_restart")
 
 
@@ -60,21 +62,26 @@ def is_low_rank(entry: Entry | None) -> TypeGuard[Entry]:
 
 
 def new_entry(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: int) -> Entry:
-    """Return the state of a weight at the start of its first cycle: A drawn, B = 0, nothing known of either."""
-    shape = matrix_shape(W, is_batch=slot.is_batch)
-    A = draw_a(shape, rank, init=init, generator=draw_generator(seed, slot.name, restart), like=W)
-    entry: Entry = {"A": nn.Parameter(A), "B": nn.Parameter(new_b(shape, rank, like=W)), "A_state": {}, "B_state": {}}
+    """Return the state of a weight at the start of its first cycle: A and B drawn, nothing known of either."""
+    A, B = _draw(W, slot, rank, init=init, seed=seed, restart=restart)
+    entry: Entry = {"A": nn.Parameter(A), "B": nn.Parameter(B), "A_state": {}, "B_state": {}}
     if factor_dtype(W.dtype) != W.dtype:
         entry["master"] = W.detach().to(factor_dtype(W.dtype))
     return entry
 
 
 def redraw_(entry: Entry, W: Tensor, slot: Slot, *, init: str, seed: int, restart: int) -> None:
-    """Start a weight's next cycle: A re-drawn and B zeroed in place, their gradients forgotten. W is not touched."""
-    shape, rank = matrix_shape(W, is_batch=slot.is_batch), entry["A"].shape[-2]
-    entry["A"].copy_(draw_a(shape, rank, init=init, generator=draw_generator(seed, slot.name, restart), like=W))
-    entry["B"].zero_()
+    """Start a weight's next cycle: A and B re-drawn in place, their gradients forgotten. W is not touched."""
+    A, B = _draw(W, slot, entry["A"].shape[-2], init=init, seed=seed, restart=restart)
+    entry["A"].copy_(A)
+    entry["B"].copy_(B)
     entry["A"].grad = entry["B"].grad = None
+
+
+def _draw(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: int) -> tuple[Tensor, Tensor]:
+    shape, generator = matrix_shape(W, is_batch=slot.is_batch), draw_generator(seed, slot.name, restart)
+    A = draw_a(shape, rank, init=init, generator=generator, like=W)
+    return A, draw_b(shape, rank, init=init, generator=generator, like=W)
 
 
 def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: float) -> None:
@@ -137,7 +144,7 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
     saved_groups = saved["param_groups"]
     if any("relora_format" not in group for group in saved_groups):
         raise ValueError("this state was not saved by ReLoRAOptimizer: load it into the base optimizer it came from")
-    formats = {group["relora_format"] for group in saved_groups} - {FORMAT}
+    formats = {group["relora_format"] for group in saved_groups} - set(_READABLE)
     if formats:
         raise ValueError(
             f"relora_format={formats.pop()} is not known here ({FORMAT} is): use the version that saved it"

@@ -94,7 +94,7 @@ class FunctionalModel(nn.Module):
                 continue
             if optimizer.is_low_rank and group["rank"] and parameter.requires_grad:
                 self.A[key], self.B[key] = optimizer.factors(parameter)
-                self._places += _places(model, parameter, key, group["scale"])
+                self._places += _places(model, parameter, key, optimizer.scale(parameter))
             else:
                 self.rest[key] = parameter
         for name, buffer in model.named_buffers():

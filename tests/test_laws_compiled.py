@@ -94,11 +94,13 @@ def test_wrapping_and_a_restart_leave_the_compiled_output_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_warm_start_and_low_rank_compile_once_each_over_rates_restarts_and_accumulation(accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "init"), [(1, "kaiming"), (2, "kaiming"), (1, "gradient")])
+def test_warm_start_and_low_rank_compile_once_each_over_rates_restarts_and_accumulation(
+    accumulate: int, init: str
+) -> None:
     model = mlp()
     schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=4)
-    optimizer = relora(model, schedule=schedule, max_grad_norm=1.0)
+    optimizer = relora(model, schedule=schedule, max_grad_norm=1.0, init=init)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     step = optimizer.make_step(model, mse, compile=True, accumulate=accumulate)
     graphs = []

@@ -25,9 +25,13 @@ STRATEGIES = {
 }
 
 
-def build(dtype: torch.dtype, base: str, strategy: str = "reset", *, seed: int = 0) -> tuple[MLP, ReLoRAOptimizer]:
+def build(
+    dtype: torch.dtype, base: str, strategy: str = "reset", *, init: str = "kaiming", seed: int = 0
+) -> tuple[MLP, ReLoRAOptimizer]:
     model = mlp(dtype, seed=seed)
-    return model, relora(model, base, schedule=SCHEDULE, prune=STRATEGIES[strategy], max_grad_norm=0.5, factor_lr=2.0)
+    changes: dict[str, Any] = {"init": init, "alpha": "matched"} if init == "gradient" else {}
+    changes |= {"schedule": SCHEDULE, "prune": STRATEGIES[strategy], "max_grad_norm": 0.5, "factor_lr": 2.0}
+    return model, relora(model, base, **changes)
 
 
 def run(path: str, model: MLP, optimizer: ReLoRAOptimizer, first: int, last: int = LAST) -> list[dict[str, Any]]:
@@ -42,22 +46,23 @@ def run(path: str, model: MLP, optimizer: ReLoRAOptimizer, first: int, last: int
 
 
 CASES = [
-    (path, dtype, base, "reset")
+    (path, dtype, base, "reset", init)
+    for init in ("kaiming", "gradient")
     for path in ("dense", "step")
     for dtype in (torch.float32, torch.bfloat16)
     for base in ("SGD", "AdamW")
-] + [("functional", torch.float32, "AdamW", strategy) for strategy in STRATEGIES]
+] + [("functional", torch.float32, "AdamW", strategy, "kaiming") for strategy in STRATEGIES]
 
 
-@pytest.mark.parametrize(("path", "dtype", "base", "strategy"), CASES, ids=str)
+@pytest.mark.parametrize(("path", "dtype", "base", "strategy", "init"), CASES, ids=str)
 def test_continuing_from_a_file_after_any_update_equals_never_having_stopped(
-    path: str, dtype: torch.dtype, base: str, strategy: str
+    path: str, dtype: torch.dtype, base: str, strategy: str, init: str
 ) -> None:
-    model, optimizer = build(dtype, base, strategy)
+    model, optimizer = build(dtype, base, strategy, init=init)
     snapshots = [snapshot(model, optimizer), *run(path, model, optimizer, 0)]
     assert optimizer.num_restarts == 3
     for u in range(LAST + 1):
-        resumed, fresh = build(dtype, base, strategy, seed=u + 1)
+        resumed, fresh = build(dtype, base, strategy, init=init, seed=u + 1)
         saved = through_file(snapshots[u])
         resumed.load_state_dict(saved["model"])
         fresh.load_state_dict(saved["optimizer"])
