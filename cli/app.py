@@ -158,7 +158,8 @@ def _flag(name: str, kind: Any) -> Any:
     metadata = FIELDS[name].metadata
     metavar = "<float> <float>" if kind == tuple[float, float] else None
     option = typer.Option(help=metadata["help"], rich_help_panel=metadata["panel"], show_default=False, metavar=metavar)
-    kind = next((part for part in get_args(kind) if part is not type(None)), kind) if _is_optional(kind) else kind
+    parts = [part for part in get_args(kind) if part is not type(None)] if _is_optional(kind) else [kind]
+    kind = str if str in parts else parts[0]  # a number or a word comes as text
     if kind == tuple[str, ...]:
         return Annotated[list[str] | None, option]
     return Annotated[kind | None, option]

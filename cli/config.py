@@ -73,12 +73,14 @@ class Config:
     max_grad_norm: float = _option("Largest gradient norm; inf does not clip. (default: 1)", panel=_RATES)
 
     rank: int = _option("Rank of the factors; 0 trains at full rank. (default: by preset)", panel=_LOW_RANK)
-    alpha: float | None = _option("Scale alpha / rank. (default: the rank)", panel=_LOW_RANK)
+    alpha: float | str | None = _option(
+        'Scale alpha / rank, or "matched": updates as large as at full rank. (default: the rank)', panel=_LOW_RANK
+    )
     targets: str | None = _option(
         "Low-rank weights, a regular expression. (default: linear layers but the head)", panel=_LOW_RANK
     )
     factor_lr: float = _option("Multiplies the rate for factors. (default: by preset, or 1)", panel=_LOW_RANK)
-    init: str = _option("How A is drawn: kaiming or orthogonal. (default: kaiming)", panel=_LOW_RANK)
+    init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: kaiming)", panel=_LOW_RANK)
     warm_start: int = _option(
         "Full-rank updates before the first cycle. (default: a fifth of the run)", panel=_LOW_RANK
     )
@@ -138,7 +140,7 @@ DEFAULT_PRESET = "5m"
 CHOICES = {
     "base": ("adamw", "sgd", "muon"),
     "outer": ("cosine", "linear", "wsd", "constant"),
-    "init": ("kaiming", "orthogonal"),
+    "init": ("kaiming", "orthogonal", "gradient"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
 _POSITIVE_COUNTS = ("seq_len", "steps", "batch_size", "micro_batch_size", "eval_every", "save_every", "keep")
@@ -248,8 +250,9 @@ def _check(config: Config) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} is not known: choose one of {', '.join(choices)}")
-    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
-        raise UserError(f"alpha={config.alpha} must be a positive number: the scale is alpha / rank")
+    is_number = isinstance(config.alpha, float) and math.isfinite(config.alpha) and config.alpha > 0
+    if not (config.alpha is None or config.alpha == "matched" or is_number):
+        raise UserError(f'alpha={config.alpha} must be a positive number, the scale is alpha / rank, or "matched"')
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
     if not 0 <= config.min_ratio <= 1:
@@ -324,12 +327,21 @@ def _typed(name: str, value: Any) -> Any:
             numbers = item_kind is float and all(_is_number(item) for item in items)
             if numbers or (item_kind is str and all(isinstance(item, str) for item in items)):
                 return tuple(item_kind(item) for item in items)
-    elif kind == "float":
+    elif kind.startswith("float"):
         if _is_number(value):
             return float(value)
+        if kind == "float | str" and isinstance(value, str):
+            return _number_or_word(value)
     elif (kind == "bool") == isinstance(value, bool) and isinstance(value, {"int": int, "bool": bool}.get(kind, str)):
         return value
     raise UserError(f"{name}={value!r} is of the wrong kind: it must be {kind}")
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _is_number(value: Any) -> bool:

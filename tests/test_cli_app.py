@@ -344,6 +344,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "no target matched": (changed(targets="zzz"), "targets: ['zzz'] match no parameter"),
     "targets no regex": (changed(targets="q_proj("), "targets='q_proj(' is not a regular expression"),
     "alpha 0": (changed(alpha=0), "alpha=0.0 must be a positive number"),
+    "alpha in words": (changed(alpha="large"), "alpha=large must be a positive number"),
     "ramp longer than the period": (
         changed(restart_every=3, restart_warmup=4),
         "restart_warmup=4 is longer than restart_every=3",

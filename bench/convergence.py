@@ -1,0 +1,188 @@
+"""Does low rank learn as well as full rank? Runs of many methods, resumable and unattended, and their tables.
+
+    python -m bench.convergence run PLAN ...     make the runs of these plans that have no result yet
+    python -m bench.convergence report           write results/convergence.md and its picture from what is there
+    python -m bench.convergence plans            say what there is and how much of it is done
+
+A run is a file in results/convergence/: what was asked for, the validation losses on the way, the time, the machine. It
+is written when the run ends, so a bench that was stopped goes on where it was. Every worker has one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "convergence"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama of 4 layers and 4 heads, and its batches of 16 sequences."""
+
+    width: int
+    inner: int
+    vocab_size: int
+    seq_len: int = 128
+    batch_size: int = 16
+
+
+SIZES = {
+    "w128": Size(128, 344, 2048),
+    "w256": Size(256, 688, 4096),
+    "w512": Size(512, 1376, 4096),
+}
+_NUM_VALIDATION = 512  # sequences of held-out documents
+_NUM_EVALUATIONS = 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run. `name` is what tables call the method; `method` and `settings` are what is run."""
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+    size: str
+    text: str
+    steps: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The result's file: named for people, and by a digest of everything that decides the result."""
+        decisive = {key: value for key, value in asdict(self).items() if key != "name"}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+        return RESULTS / f"{self.size}-{self.text}-{self.steps}-{self.method}-s{self.seed}-{digest}.json"
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    """Train as a spec says; return the result."""
+    import torch
+
+    from relora_opt_cli.data import Batches, prepare
+    from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+
+    from .methods import METHODS
+    from .texts import source
+
+    torch.set_num_threads(1)
+    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU its backward pass is twice as slow as plain attention
+    size = SIZES[spec.size]
+    corpus = prepare([source(spec.text)], seq_len=size.seq_len, vocab_size=size.vocab_size)
+    width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)
+    model = Llama(LlamaConfig(size.vocab_size, width, inner, 4, 4, max_position_embeddings=size.seq_len))
+    init_weights(model, seed=spec.seed)
+    num_parameters = model.num_parameters()
+    batches = Batches(corpus.train, seq_len=size.seq_len, batch_size=size.batch_size, seed=spec.seed)
+    held_out = Batches(corpus.val, seq_len=size.seq_len, batch_size=size.batch_size)
+    count = min(_NUM_VALIDATION // size.batch_size, held_out.num_blocks // size.batch_size)
+    validation = [held_out.batch(index) for index in range(count)]
+    settings = {key: value for key, value in spec.settings.items() if key not in ("width", "inner")}
+    trainer = METHODS[spec.method](model, settings, spec.steps, spec.seed)
+    curve: list[tuple[int, float]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    for update in range(1, spec.steps + 1):
+        start = time.monotonic()
+        losses.append(float(trainer.step(batches.batch(update - 1))))
+        seconds += time.monotonic() - start
+        if update % max(1, spec.steps // _NUM_EVALUATIONS) == 0 or update == spec.steps:
+            curve.append((update, sum(float(trainer.evaluate(tokens)) for tokens in validation) / count))
+    return {
+        "spec": asdict(spec),
+        "val_loss": curve[-1][1],
+        "curve": curve,
+        "train_loss": [round(loss, 4) for loss in losses],
+        "seconds": round(seconds, 1),
+        "num_parameters": num_parameters,
+        "num_trainable": trainer.num_trainable,
+        "num_tokens": len(corpus.train),
+        "environment": _environment(torch.__version__),
+    }
+
+
+def _environment(version: str) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": version,
+        "threads": 1,
+        "machine": platform.machine(),
+        "dtype": "bfloat16 autocast",
+    }
+
+
+def run_all(specs: list[Spec], *, workers: int) -> int:
+    """Make the runs without a result, `workers` at a time, each in a process of its own; return how many failed."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    unique = {spec.path: spec for spec in specs}
+    missing = [spec for path, spec in unique.items() if not path.is_file()]
+    print(f"{len(unique)} runs, {len(missing)} to make, {workers} at a time", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        failures = list(pool.map(_in_process, missing))
+    return sum(failures)
+
+
+def _in_process(spec: Spec) -> bool:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "bench.convergence", "one", json.dumps(asdict(spec))]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    minutes = (time.monotonic() - start) / 60
+    if done.returncode:
+        print(f"FAILED {spec}\n{done.stderr[-2000:]}", flush=True)
+        return True
+    loss = json.loads(spec.path.read_text())["val_loss"]
+    print(f"{loss:.4f} {spec.name} {spec.size} {spec.text} s{spec.seed} {spec.settings} ({minutes:.1f} min)", flush=True)
+    return False
+
+
+def _one(text: str) -> None:
+    spec = Spec(**json.loads(text))
+    result = run(spec)
+    unfinished = spec.path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.rename(spec.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("run", help="make the runs of plans")
+    making.add_argument("plans", nargs="+", metavar="PLAN")
+    making.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    commands.add_parser("report", help="write tables and picture")
+    commands.add_parser("plans", help="list the plans")
+    commands.add_parser("one", help=argparse.SUPPRESS).add_argument("spec")
+    arguments = parser.parse_args()
+    if arguments.command == "one":
+        _one(arguments.spec)
+        return
+    from .plans import PLANS
+
+    if arguments.command == "run":
+        unknown = [name for name in arguments.plans if name not in PLANS]
+        if unknown:
+            parser.error(f"plan {unknown[0]!r} is not known: choose of {', '.join(PLANS)}")
+        specs = [spec for name in arguments.plans for spec in PLANS[name]()]
+        sys.exit(run_all(specs, workers=arguments.workers) > 0)
+    for name, plan in PLANS.items():
+        specs = plan()
+        print(f"{name:12} {sum(spec.path.is_file() for spec in specs):4} of {len(specs):4} runs done")
+
+
+if __name__ == "__main__":
+    main()
