@@ -70,11 +70,10 @@ class Spec:
 def run(spec: Spec) -> dict[str, Any]:
     """Train as a spec says; return the result."""
     import torch
-
     from relora_opt_cli.data import Batches, prepare
     from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 
-    from .methods import METHODS
+    from . import methods, variants
     from .texts import source
 
     torch.set_num_threads(1)
@@ -90,7 +89,7 @@ def run(spec: Spec) -> dict[str, Any]:
     count = min(_NUM_VALIDATION // size.batch_size, held_out.num_blocks // size.batch_size)
     validation = [held_out.batch(index) for index in range(count)]
     settings = {key: value for key, value in spec.settings.items() if key not in ("width", "inner")}
-    trainer = METHODS[spec.method](model, settings, spec.steps, spec.seed)
+    trainer = {**methods.METHODS, **variants.METHODS}[spec.method](model, settings, spec.steps, spec.seed)
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     seconds = 0.0
@@ -127,7 +126,11 @@ def _environment(version: str) -> dict[str, Any]:
 
 def run_all(specs: list[Spec], *, workers: int) -> int:
     """Make the runs without a result, `workers` at a time, each in a process of its own; return how many failed."""
+    from .texts import source
+
     RESULTS.mkdir(parents=True, exist_ok=True)
+    for text in {spec.text for spec in specs}:
+        source(text)  # written once, before several processes want it
     unique = {spec.path: spec for spec in specs}
     missing = [spec for path, spec in unique.items() if not path.is_file()]
     print(f"{len(unique)} runs, {len(missing)} to make, {workers} at a time", flush=True)
@@ -146,7 +149,9 @@ def _in_process(spec: Spec) -> bool:
         print(f"FAILED {spec}\n{done.stderr[-2000:]}", flush=True)
         return True
     loss = json.loads(spec.path.read_text())["val_loss"]
-    print(f"{loss:.4f} {spec.name} {spec.size} {spec.text} s{spec.seed} {spec.settings} ({minutes:.1f} min)", flush=True)
+    print(
+        f"{loss:.4f} {spec.name} {spec.size} {spec.text} s{spec.seed} {spec.settings} ({minutes:.1f} min)", flush=True
+    )
     return False
 
 
@@ -173,6 +178,11 @@ def main() -> None:
         return
     from .plans import PLANS
 
+    if arguments.command == "report":
+        from .report import write_report
+
+        write_report(RESULTS.parent / "convergence.md")
+        return
     if arguments.command == "run":
         unknown = [name for name in arguments.plans if name not in PLANS]
         if unknown:

@@ -1,8 +1,8 @@
 """The training methods that bench compares, each as `Trainer(model, settings, clock)` with `step(batch) -> loss`.
 
-All share the model, AdamW's betas (0.9, 0.95), clipping at norm 1, a cosine with warm-up over a twentieth of the run to a
-tenth of the peak, and two rates: `lr` for the matrices of the layers (or their factors), `rest_lr` for embeddings, head
-and norms. What a rival's package does it does itself; only its groups and its clock are set from here.
+All share the model, AdamW's betas (0.9, 0.95), clipping at norm 1, a cosine with warm-up over a twentieth of the run
+down to a tenth of the peak, and two rates: `lr` for the matrices of the layers (or their factors), `rest_lr` for
+embeddings, head and norms. What a rival's package does it does itself; only its groups and its clock are set from here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from relora_opt_cli.bases import MATRICES, MuonBesideAdamW
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, prune
-from relora_opt_cli.bases import MATRICES, MuonBesideAdamW
 
 Settings = dict[str, Any]
 BETAS = (0.9, 0.95)
