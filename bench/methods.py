@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from relora_opt_cli.bases import MATRICES, MuonBesideAdamW
+from relora_opt_cli.config import parse_prune
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -182,7 +183,7 @@ class ReLoRA:
             groups,
             _BASES[base],
             schedule=JaggedSchedule(**clock, outer=outer(steps)),
-            prune=_PRUNE[strategy](),
+            prune=_strategy(strategy),
             max_grad_norm=MAX_NORM,
             seed=seed,
             **settings,
@@ -213,13 +214,13 @@ def _muon(groups: Any) -> Optimizer:
     return MuonBesideAdamW(groups, muon=muon, adamw=_adamw)
 
 
+def _strategy(text: str) -> prune.Strategy:
+    name, ratio = parse_prune(text)
+    strategy: prune.Strategy = getattr(prune, name)() if ratio is None else getattr(prune, name)(ratio)
+    return strategy
+
+
 _BASES: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "muon": _muon}
-_PRUNE: dict[str, Callable[..., prune.Strategy]] = {
-    "reset": prune.reset,
-    "keep": prune.keep,
-    "random:0.999": lambda: prune.random(0.999),
-    "magnitude:0.9": lambda: prune.magnitude(0.9),
-}
 METHODS: dict[str, Any] = {
     "full": Dense,
     "muon": MuonDense,

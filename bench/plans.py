@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from .convergence import Spec
+from relora_opt_cli.config import load_config_file
+from relora_opt_cli.model import PRESETS
+
+from .convergence import SIZES, Spec
 
 Plan = Callable[[], list[Spec]]
 STEPS = 1000
@@ -68,4 +72,65 @@ def tune_rivals() -> list[Spec]:
     ]
 
 
-PLANS: dict[str, Plan] = {"tune-full": tune_full, "tune-ours": tune_ours, "tune-rivals": tune_rivals}
+def variants() -> list[Spec]:
+    """What a restart may do, where A may point, how far a step may go: a sixteenth of the width, 2000 updates."""
+    common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
+    cycle: dict[str, Any] = {"restart_every": 400}
+    ramped: dict[str, Any] = {**cycle, "restart_warmup": 40}
+    trials: dict[str, dict[str, Any]] = {
+        "no restart": {},
+        "no restart, A by gradient": {"init": "gradient"},
+        "no restart, A's rate x 0.3": {"a_rate": 0.3},
+        "no restart, A fixed": {"a_rate": 0.0},
+        "no restart, balanced rates": {"balanced": True},
+        "no restart, decay of W 0.1": {"decay": 0.1},
+        "restarts": ramped,
+        "restarts without ramp": cycle,
+        "restarts, A by gradient": {**ramped, "init": "gradient"},
+        "restarts, state carried, no ramp": {**cycle, "state": "carry"},
+        "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
+        "restarts, state kept, no ramp": {**cycle, "state": "keep"},
+        "restarts, staggered": {**ramped, "staggered": True},
+        "restarts, staggered, state carried, no ramp": {**cycle, "staggered": True, "state": "carry"},
+        "restarts, adaptive": {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5},
+        "warm start, no restart": {"warm_start": 200, "restart_warmup": 40},
+        "warm start, A by gradient": {"warm_start": 200, "restart_warmup": 40, "init": "gradient"},
+        "warm start, A by moment": {"warm_start": 200, "restart_warmup": 40, "init": "moment"},
+        "warm start, A by update": {"warm_start": 200, "restart_warmup": 40, "init": "update"},
+    }
+    return [Spec(name, "variant", {**common, **own}, "w128", "botocore", 2000, 0) for name, own in trials.items()]
+
+
+def ablation() -> list[Spec]:
+    """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
+    return [
+        Spec(name, "relora", {**settings, "lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed)
+        for name, settings in _table_6().items()
+        for seed in SEEDS
+    ] + [Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed) for seed in SEEDS]
+
+
+def _table_6() -> dict[str, dict[str, Any]]:
+    recipes = Path(__file__).resolve().parents[1] / "recipes"
+    found = {}
+    for path in sorted(recipes.glob("ablation-*.toml")):
+        recipe = load_config_file(path)
+        if recipe["rank"]:
+            rank = round(recipe["rank"] * SIZES["w128"].width / PRESETS[recipe["preset"]].hidden_size)
+            lengths = {
+                key: round(recipe[key] * STEPS / recipe["steps"])
+                for key in ("warm_start", "restart_every", "restart_warmup")
+            }
+            alpha = recipe["alpha"] / recipe["rank"] * rank
+            own = {key: recipe[key] for key in ("init", "prune", "factor_lr")}
+            found[path.stem] = {"rank": rank, "alpha": alpha, **lengths, **own}
+    return found
+
+
+PLANS: dict[str, Plan] = {
+    "tune-full": tune_full,
+    "tune-ours": tune_ours,
+    "tune-rivals": tune_rivals,
+    "variants": variants,
+    "ablation": ablation,
+}

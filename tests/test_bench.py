@@ -1,0 +1,144 @@
+"""The bench measures what it says: variants that vary nothing are the optimizer, and the tables are the runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+from torch import Tensor, nn
+
+from bench import convergence, report
+from bench.convergence import Spec
+from bench.methods import BETAS, MAX_NORM, Dense, ReLoRA, is_matrix, loss_fn, outer
+from bench.plans import PLANS
+from bench.variants import Variant, Weight
+from relora_opt import JaggedSchedule, ReLoRAOptimizer
+from relora_opt.factors import draw_a, draw_generator
+
+STEPS = 9
+CLOCK = {"warm_start": 2, "restart_every": 3, "restart_warmup": 2}
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def llama() -> Llama:
+    model = Llama(LlamaConfig(50, 16, 24, 2, 2, max_position_embeddings=8))
+    init_weights(model, seed=0)
+    return model
+
+
+def tokens(index: int) -> Tensor:
+    return torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(index))
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_variant_that_varies_nothing_is_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 4}
+    model, twin = llama(), llama()
+    trainer = ReLoRA(model, {**settings, **CLOCK, "alpha": "matched", "init": "orthogonal"}, STEPS, 0)
+    plain = Variant(twin, {**settings, **CLOCK}, STEPS, 0)
+    names = [name for name, _ in twin.named_parameters() if is_matrix(name)]
+    draws: dict[int, int] = dict.fromkeys(range(len(names)), 0)
+
+    def drawn(weight: Weight, *, first: bool) -> tuple[Tensor, float]:
+        number = next(i for i, w in enumerate(plain.weights) if w is weight)
+        generator = draw_generator(0, names[number], draws[number])
+        draws[number] += 1
+        shape = tuple(weight.W.shape)
+        return draw_a(shape, 4, init="orthogonal", generator=generator, like=weight.W), (shape[1] / 4) ** 0.5
+
+    monkeypatch.setattr(Weight, "_draw", drawn)
+    for u in range(STEPS):
+        ours, theirs = trainer.step(tokens(u)), plain.step(tokens(u))
+        # Products of bfloat16 on one side go to factors directly, on the other to G first.
+        assert float(ours) == pytest.approx(float(theirs), abs=2e-3), u
+    assert trainer.optimizer.num_restarts == 2
+    assert plain.num_restarts == 2 * len(names)
+    assert trainer.num_trainable == plain.num_trainable
+
+
+@pytest.mark.usefixtures("eager")
+def test_full_rank_is_adamw_with_two_rates() -> None:
+    model, twin = llama(), llama()
+    trainer = Dense(model, {"lr": 2e-3, "rest_lr": 8e-3}, STEPS, 0)
+    groups = [
+        {"params": [p for name, p in twin.named_parameters() if is_matrix(name)], "lr": 2e-3},
+        {"params": [p for name, p in twin.named_parameters() if not is_matrix(name)], "lr": 8e-3},
+    ]
+    schedule = JaggedSchedule(0, outer=outer(STEPS))
+    ours = ReLoRAOptimizer(groups, rank=0, schedule=schedule, max_grad_norm=MAX_NORM, betas=BETAS, weight_decay=0.0)
+    for u in range(STEPS):
+        trainer.step(tokens(u))
+        loss_fn(twin, tokens(u)).backward()
+        ours.step()
+        ours.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init": "gradient"},
+        {"init": "kaiming", "scale": 1.0},
+        {"init": "moment", "warm_start": 2},
+        {"init": "update", "warm_start": 2},
+        {"a_rate": 0.0},
+        {"balanced": True},
+        {"restart_every": 2, "state": "carry"},
+        {"restart_every": 2, "state": "keep"},
+        {"restart_every": 2, "staggered": True},
+        {"restart_every": 2, "adaptive": 0.99},
+        {"decay": 0.1},
+    ],
+    ids=str,
+)
+def test_every_variant_learns_and_is_like_no_other(settings: dict[str, Any]) -> None:
+    plain, varied = (Variant(llama(), {"lr": 5e-3, "rest_lr": 5e-3, "rank": 4, **own}, 30, 0) for own in ({}, settings))
+    first = float(varied.evaluate(tokens(0)))
+    for _ in range(30):
+        plain.step(tokens(0))
+        varied.step(tokens(0))
+    assert float(varied.evaluate(tokens(0))) < first - 0.3
+    weights = zip(plain.model.parameters(), varied.model.parameters(), strict=True)
+    assert not all(torch.equal(p, q) for p, q in weights)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_runs_of_a_plan_have_files_of_their_own(name: str) -> None:
+    specs = PLANS[name]()
+    assert len({spec.path for spec in specs}) == len(specs)
+    assert all(spec.size in convergence.SIZES for spec in specs)
+
+
+def test_a_report_has_every_run_and_compares_with_the_best_full_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    losses = {("full-rank AdamW", 1e-3): [4.0, 4.2], ("full-rank AdamW", 2e-3): [3.9, 4.1], ("LoRA", 1e-3): [4.05]}
+    for (name, lr), values in losses.items():
+        for seed, loss in enumerate(values):
+            spec = Spec(name, "full", {"lr": lr, "name": name}, "w128", "sotu", 10, seed)
+            result = {"spec": vars(spec), "val_loss": loss, "num_trainable": 1, "num_parameters": 2}
+            spec.path.write_text(json.dumps(result))
+    report.write_report(tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    best, every = text.split("All settings")
+    assert best.count("| full-rank AdamW |") == 1
+    assert every.count("| full-rank AdamW |") == 2
+    assert "| 2 | 4.0000 | 0.1000 | +0.0000 |" in best
+    assert "| 1 | 4.0500 |  | +0.0500 |" in best
+
+
+def test_a_matrix_is_a_linear_layer_inside_the_trunk() -> None:
+    model = llama()
+    named = {name for name, p in model.named_parameters() if is_matrix(name)}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert named == linear - {"lm_head.weight"}
