@@ -140,20 +140,20 @@ def matched_scale(base: Base, group: Group, shape: tuple[int, int], A: Tensor) -
     Raises:
         ValueError: where the base moves nothing in the trial.
     """
-    (m, n), r = shape, A.shape[0]
+    m, n = shape
+    A = A.float()
     generator = torch.Generator().manual_seed(0)
 
-    def moved(gradient: Tensor, factor: float = 1.0) -> Tensor:
-        of_norm = gradient * (factor * math.sqrt(m * n) / gradient.norm())
-        return _trial_update(base, group, of_norm.to(A.device))
-
-    of_dense = moved(torch.randn(m, n, generator=generator)).norm()
-    of_factor = torch.randn(m, r, generator=generator)
-    once, twice = moved(of_factor), moved(of_factor, 2.0)
+    size = math.sqrt(m * n)
+    G = torch.randn(m, n, generator=generator).to(A.device)
+    in_span = torch.randn(m, len(A), generator=generator).to(A.device) @ A
+    of_dense = _trial_update(base, group, G * (size / G.norm())).norm()
+    of_factor = in_span @ A.mT * (size / in_span.norm())
+    once, twice = _trial_update(base, group, of_factor), _trial_update(base, group, 2 * of_factor)
     if not (of_dense > 0 and once.norm() > 0):
         raise ValueError('alpha="matched" needs a base whose first updates move something: give alpha as a number')
     power = math.log2(float(twice.norm() / once.norm()))
-    scale: float = float(of_dense / (once @ A.float()).norm()) ** (1 / (1 + power))
+    scale: float = float(of_dense / (once @ A).norm()) ** (1 / (1 + power))
     return scale
 
 

@@ -116,14 +116,14 @@ MUTATIONS = (
     Mutation(
         "merge at a restart",
         "state.py",
-        'entry["B"].zero_()',
-        'W.add_((entry["B"] @ entry["A"]).to(W.dtype).view(W.shape)); entry["B"].zero_()',
+        'entry["B"].copy_(B)',
+        'W.add_((entry["B"] @ entry["A"]).to(W.dtype).view(W.shape)); entry["B"].copy_(B)',
         ("test_laws.py", "test_a_restart_leaves_the_output"),
     ),
     Mutation(
         "keep B at a restart",
         "state.py",
-        'entry["B"].zero_()',
+        'entry["B"].copy_(B)',
         "pass",
         ("test_laws.py", "test_a_restart_leaves_the_output"),
     ),
@@ -221,9 +221,9 @@ MUTATIONS = (
     Mutation(
         "touch unselected parameters' state at a restart",
         "optimizer.py",
-        "for W, slot, group in self._selected():\n            entry = self.state[W]\n            for key",
+        "for W, slot, group, _ in self._selected():\n            entry = self.state[W]\n            for key",
         "[inner._zero_(entry) for entry in self.state.values()]\n"
-        "        for W, slot, group in self._selected():\n            entry = self.state[W]\n            for key",
+        "        for W, slot, group, _ in self._selected():\n            entry = self.state[W]\n            for key",
         ("test_laws.py", "untouched_by_a_restart"),
     ),
     Mutation(
@@ -288,6 +288,48 @@ MUTATIONS = (
         "output = functional_call(model, weights, args, kwargs, tie_weights=False)",
         "output = functional_call(model, weights, args, kwargs)",
         ("test_functional.py", "module_under_two_names"),
+    ),
+    Mutation(
+        "point A along the last singular directions",
+        "pointing.py",
+        "Vh[..., :count, :]",
+        "Vh[..., -count:, :]",
+        ("test_pointing.py", "the_best_a_there_is"),
+    ),
+    Mutation(
+        "step on the sketches",
+        "pointing.py",
+        "A.grad = B.grad = None",
+        "pass",
+        ("test_pointing.py", "moves_the_dense_parameters_and_no_low_rank_weight"),
+    ),
+    Mutation(
+        "leave the last sketch in B",
+        "pointing.py",
+        "        if is_last:\n            B.zero_()\n        elif",
+        "        if",
+        ("test_pointing.py", "come_near_the_best_a"),
+    ),
+    Mutation(
+        "point A once and never at a restart",
+        "optimizer.py",
+        'group["pointing"] = self._num_sketches(group)\n        self._prune()',
+        "pass\n        self._prune()",
+        ("test_pointing.py", "every_cycle_points"),
+    ),
+    Mutation(
+        "match every base as if it were Adam",
+        "inner.py",
+        "** (1 / (1 + power))",
+        "** 1.0",
+        ("test_matched_scale.py", "sgd_is_matched"),
+    ),
+    Mutation(
+        "match without A's norm",
+        "inner.py",
+        "(once @ A).norm()",
+        "once.norm()",
+        ("test_matched_scale.py", "first_update_moves_w_as_far"),
     ),
 )
 
