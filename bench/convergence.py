@@ -163,6 +163,18 @@ def _one(text: str) -> None:
     unfinished.rename(spec.path)
 
 
+def _report() -> None:
+    from .pictures import draw_methods, draw_restarts
+    from .plans import table_6
+    from .report import rows, write_report
+
+    folder = RESULTS.parent
+    write_report(folder / "convergence.md")
+    for size, text, steps in sorted({row.place for row in rows()}):
+        draw_methods(folder / f"convergence-{size}-{text}-{steps}.png", (size, text, steps))
+    draw_restarts(folder / "restarts.png", list(table_6()), "ablation-lora")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -179,9 +191,7 @@ def main() -> None:
     from .plans import PLANS
 
     if arguments.command == "report":
-        from .report import write_report
-
-        write_report(RESULTS.parent / "convergence.md")
+        _report()
         return
     if arguments.command == "run":
         unknown = [name for name in arguments.plans if name not in PLANS]

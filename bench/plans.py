@@ -79,20 +79,20 @@ def variants() -> list[Spec]:
     ramped: dict[str, Any] = {**cycle, "restart_warmup": 40}
     trials: dict[str, dict[str, Any]] = {
         "no restart": {},
+        "restarts": ramped,
+        "restarts, state carried, no ramp": {**cycle, "state": "carry"},
+        "restarts, A by gradient": {**ramped, "init": "gradient"},
+        "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
+        "restarts, staggered, state carried, no ramp": {**cycle, "staggered": True, "state": "carry"},
         "no restart, A by gradient": {"init": "gradient"},
-        "no restart, A's rate x 0.3": {"a_rate": 0.3},
+        "restarts, adaptive": {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5},
+        "restarts, staggered": {**ramped, "staggered": True},
+        "restarts without ramp": cycle,
+        "restarts, state kept, no ramp": {**cycle, "state": "keep"},
         "no restart, A fixed": {"a_rate": 0.0},
+        "no restart, A's rate x 0.3": {"a_rate": 0.3},
         "no restart, balanced rates": {"balanced": True},
         "no restart, decay of W 0.1": {"decay": 0.1},
-        "restarts": ramped,
-        "restarts without ramp": cycle,
-        "restarts, A by gradient": {**ramped, "init": "gradient"},
-        "restarts, state carried, no ramp": {**cycle, "state": "carry"},
-        "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
-        "restarts, state kept, no ramp": {**cycle, "state": "keep"},
-        "restarts, staggered": {**ramped, "staggered": True},
-        "restarts, staggered, state carried, no ramp": {**cycle, "staggered": True, "state": "carry"},
-        "restarts, adaptive": {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5},
         "warm start, no restart": {"warm_start": 200, "restart_warmup": 40},
         "warm start, A by gradient": {"warm_start": 200, "restart_warmup": 40, "init": "gradient"},
         "warm start, A by moment": {"warm_start": 200, "restart_warmup": 40, "init": "moment"},
@@ -105,12 +105,13 @@ def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
         Spec(name, "relora", {**settings, "lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed)
-        for name, settings in _table_6().items()
+        for name, settings in table_6().items()
         for seed in SEEDS
     ] + [Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed) for seed in SEEDS]
 
 
-def _table_6() -> dict[str, dict[str, Any]]:
+def table_6() -> dict[str, dict[str, Any]]:
+    """Return the settings of every low-rank row of the paper's ablation, from recipes/, at this size."""
     recipes = Path(__file__).resolve().parents[1] / "recipes"
     found = {}
     for path in sorted(recipes.glob("ablation-*.toml")):

@@ -1,0 +1,112 @@
+"""Pictures of the convergence runs: what every method reaches, and what a restart does to the loss around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .report import Result, best_of_each, results, rows
+
+_BEFORE, _AFTER = 30, 120  # updates around a restart
+_SMOOTH = 5
+
+
+def draw_methods(path: Path, place: tuple[str, str, int]) -> bool:
+    """Draw the best settings of every method in a place, a dot a seed; False where fewer than two methods ran there."""
+    ordered = best_of_each([row for row in rows() if row.place == place])[::-1]
+    if len(ordered) < 2:
+        return False
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(ordered) + 1.4), layout="constrained")
+    for y, row in enumerate(ordered):
+        is_full = row.name == "full-rank AdamW"
+        axes.plot(row.losses, [y] * len(row.losses), "o", color="#c2410c" if is_full else "#1d4ed8", alpha=0.5)
+        axes.plot([row.mean], [y], "|", color="black", markersize=16)
+        if is_full:
+            axes.axvline(row.mean, color="#c2410c", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(ordered)), [row.name for row in ordered])
+    size, text, steps = place
+    axes.set_xlabel("validation loss, nats per token (bar: mean of the seeds)")
+    axes.set_title(f"{text}, {size}, {steps} updates, best settings of each", loc="left", fontsize=11)
+    _finish(figure, axes, path)
+    return True
+
+
+def draw_restarts(path: Path, names: Sequence[str], reference: str) -> bool:
+    """Draw the training loss around restarts, beyond that of `reference` on the same batches."""
+    by_key = {_key(result): result for result in results()}
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    has_lines = False
+    for name in names:
+        windows = [
+            window for key, run in by_key.items() if key[0] == name for window in _windows(run, by_key, reference)
+        ]
+        if windows:
+            has_lines = True
+            mean = np.convolve(np.mean(windows, axis=0), np.ones(_SMOOTH) / _SMOOTH, mode="same")
+            axes.plot(
+                np.arange(-_BEFORE, _AFTER)[_SMOOTH:-_SMOOTH], mean[_SMOOTH:-_SMOOTH], label=f"{name} ({len(windows)})"
+            )
+    if has_lines:
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xlabel("updates after a restart")
+        axes.set_ylabel("loss beyond its level before, nats")
+        axes.set_title(f"Restarts against {reference} on the same batches (mean over restarts and seeds)", loc="left")
+        axes.legend(fontsize=8, frameon=False)
+        _finish(figure, axes, path)
+    plt.close(figure)
+    return has_lines
+
+
+def spikes(names: Sequence[str], reference: str) -> dict[str, tuple[float, int]]:
+    """Return the height of the spike after a restart, in nats, and after how many updates the loss is back."""
+    by_key = {_key(result): result for result in results()}
+    found = {}
+    for name in names:
+        windows = [
+            window for key, run in by_key.items() if key[0] == name for window in _windows(run, by_key, reference)
+        ]
+        if windows:
+            after = np.convolve(np.mean(windows, axis=0)[_BEFORE:], np.ones(_SMOOTH) / _SMOOTH, mode="valid")
+            peak = int(after.argmax())
+            below = np.flatnonzero(after[peak:] <= 0.0)
+            found[name] = float(after[peak]), int(peak + below[0]) if len(below) else -1
+    return found
+
+
+def _key(result: Result) -> tuple[Any, ...]:
+    spec = result["spec"]
+    return spec["name"], spec["size"], spec["text"], spec["steps"], spec["seed"]
+
+
+def _all_windows(name: str, by_key: dict[tuple[Any, ...], Result], reference: str) -> list[Any]:
+    return [window for key, run in by_key.items() if key[0] == name for window in _windows(run, by_key, reference)]
+
+
+def _windows(run: Result, by_key: dict[tuple[Any, ...], Result], reference: str) -> list[Any]:
+    """Return the loss around each of a run's restarts, minus the reference's there, minus its mean before."""
+    settings, steps = run["spec"]["settings"], run["spec"]["steps"]
+    other = by_key.get((reference, *_key(run)[1:]))
+    every = settings.get("restart_every", 0)
+    if other is None or not every:
+        return []
+    gap = np.array(run["train_loss"]) - np.array(other["train_loss"])
+    found = []
+    for restart in range(settings.get("warm_start", 0) + every, steps - _AFTER, every):
+        window = gap[restart - _BEFORE : restart + _AFTER]
+        found.append(window - fmean(window[:_BEFORE]))
+    return found
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
