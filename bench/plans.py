@@ -110,6 +110,23 @@ def ablation() -> list[Spec]:
     ] + [Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed) for seed in SEEDS]
 
 
+def default_run() -> list[Spec]:
+    """The default run of `relora-opt pretrain`, with and without its warm start and restarts, beside full rank."""
+    low_rank: dict[str, Any] = {"alpha": "matched", "init": "orthogonal", "rank": 64}
+    warm: dict[str, Any] = {**low_rank, "warm_start": 120, "restart_warmup": 12}
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
+        "full-rank AdamW": ("full", {}),
+        "LoRA, matched scale": ("relora", low_rank),
+        "LoRA, matched scale, warm start": ("relora", warm),
+        "ReLoRA, matched scale, warm start": ("relora", {**warm, "restart_every": 121}),
+    }
+    return [
+        Spec(name, method, {"lr": lr, "rest_lr": 8e-3, **settings}, "w256", "sotu", 600, 0)
+        for lr in (1e-3, 2e-3)
+        for name, (method, settings) in methods.items()
+    ]
+
+
 def table_6() -> dict[str, dict[str, Any]]:
     """Return the settings of every low-rank row of the paper's ablation, from recipes/, at this size."""
     recipes = Path(__file__).resolve().parents[1] / "recipes"
@@ -134,4 +151,5 @@ PLANS: dict[str, Plan] = {
     "tune-rivals": tune_rivals,
     "variants": variants,
     "ablation": ablation,
+    "default-run": default_run,
 }

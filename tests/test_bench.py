@@ -9,7 +9,7 @@ import torch
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 from torch import Tensor, nn
 
-from bench import convergence, report
+from bench import convergence, pictures, report
 from bench.convergence import Spec
 from bench.methods import BETAS, MAX_NORM, Dense, ReLoRA, is_matrix, loss_fn, outer
 from bench.plans import PLANS
@@ -135,6 +135,24 @@ def test_a_report_has_every_run_and_compares_with_the_best_full_rank(
     assert every.count("| full-rank AdamW |") == 2
     assert "| 2 | 4.0000 | 0.1000 | +0.0000 |" in best
     assert "| 1 | 4.0500 |  | +0.0500 |" in best
+
+
+def test_the_picture_of_restarts_shows_their_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    plain = [4.0 - u / 1000 for u in range(600)]
+    spiky = [loss + (0.5 if u % 200 < 20 and u >= 200 else 0.0) for u, loss in enumerate(plain)]
+    for name, losses, settings in (("plain", plain, {}), ("spiky", spiky, {"restart_every": 200})):
+        spec = Spec(name, "relora", {**settings, "name": name}, "w128", "sotu", 600, 1)
+        result = {"spec": vars(spec), "val_loss": 1.0, "num_trainable": 1, "num_parameters": 2, "train_loss": losses}
+        spec.path.write_text(json.dumps(result))
+    height, updates = pictures.spikes(["spiky"], "plain")["spiky"]
+    assert height == pytest.approx(0.5)
+    assert updates == pytest.approx(20, abs=3)
+    assert pictures.draw_restarts(tmp_path / "restarts.png", ["spiky"], "plain")
+    assert not pictures.draw_restarts(tmp_path / "none.png", ["plain"], "plain")
+    assert pictures.draw_methods(tmp_path / "methods.png", ("w128", "sotu", 600))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"restarts.png", "methods.png"}
 
 
 def test_a_matrix_is_a_linear_layer_inside_the_trunk() -> None:
