@@ -37,6 +37,7 @@ GALORE: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 0.25}
 APOLLO: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 1.0}
 RATES = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)
 REST = (4e-3, 8e-3, 16e-3)
+_CARRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def _grid(
@@ -81,6 +82,7 @@ def variants() -> list[Spec]:
         "no restart": {},
         "restarts": ramped,
         "restarts, state carried, no ramp": {**cycle, "state": "carry"},
+        "restarts, state projected, no ramp": {**cycle, "state": "project"},
         "restarts, A by gradient": {**ramped, "init": "gradient"},
         "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
         "restarts, staggered, state carried, no ramp": {**cycle, "staggered": True, "state": "carry"},
@@ -108,6 +110,21 @@ def ablation() -> list[Spec]:
         for name, settings in table_6().items()
         for seed in SEEDS
     ] + [Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, "w128", "sotu", STEPS, seed) for seed in SEEDS]
+
+
+def carry_over() -> list[Spec]:
+    """Does a full-rank rate carry over? Rates by rank and width, for s = 1 and for the matched scale; 300 updates."""
+    ranks = {"w128": (8, 32, 64), "w256": (16, 64, 128), "w512": (32, 128, 256)}
+    specs = [
+        Spec("full-rank AdamW", "full", {"lr": lr, "rest_lr": 8e-3}, size, "sotu", 300, 0)
+        for size in ranks
+        for lr in _CARRIED
+    ]
+    for size, rank in ((size, rank) for size, some in ranks.items() for rank in some):
+        for name, alpha in (("LoRA, s = 1", rank), ("LoRA, matched scale", "matched")):
+            low_rank = {"rest_lr": 8e-3, "rank": rank, "alpha": alpha, "init": "orthogonal"}
+            specs += [Spec(name, "relora", {"lr": lr, **low_rank}, size, "sotu", 300, 0) for lr in _CARRIED]
+    return specs
 
 
 def default_run() -> list[Spec]:
@@ -152,4 +169,5 @@ PLANS: dict[str, Plan] = {
     "variants": variants,
     "ablation": ablation,
     "default-run": default_run,
+    "carry-over": carry_over,
 }

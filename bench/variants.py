@@ -10,7 +10,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     scale       "matched" (sqrt(n / r) for orthonormal rows), or a number
     a_rate      multiplies A's rate
     balanced    rates of A and B such that the step of either moves W by lr in RMS, however large the other has become
-    state       reset; carry: B's moments re-expressed in the new A's basis; keep
+    state       reset; keep; project: B's moments re-expressed in the new A's basis; carry: the same, and directions
+                that the old A did not see start from the mean of the second moments
     staggered   every weight restarts at its own time, spread evenly over the cycle, with a ramp of its own
     adaptive    a weight restarts when the share of G in A's span falls below this share of what it was after its last
                 restart, but not before `restart_every` updates of its cycle
@@ -61,10 +62,13 @@ class Weight:
         state = self.settings.get("state", "reset")
         if old is None or state == "reset":
             self.of_a, self.of_b = Adam(self.A), Adam(self.B)
-        elif state == "carry":
-            rotation = old @ self.A.T
-            self.of_a = Adam(self.A)
-            self.of_b.m, self.of_b.v = self.of_b.m @ rotation, self.of_b.v @ rotation.square()
+        elif state in ("carry", "project"):
+            # The gradient as the old factor saw it, G ~ m (A A^T)^-1 A, seen by the new one.
+            rotation = torch.linalg.lstsq(old.T, self.A.T).solution
+            seen = rotation.square()
+            unseen = (1 - seen.sum(0)).clamp(min=0.0) if state == "carry" else torch.zeros(len(old))
+            moments, self.of_a = self.of_b, Adam(self.A)
+            moments.m, moments.v = moments.m @ rotation, moments.v @ seen + moments.v.mean(1, keepdim=True) * unseen
         self.last, self.share = update, self._captured()
 
     def _draw(self, *, first: bool) -> tuple[Tensor, float]:

@@ -92,6 +92,7 @@ def test_full_rank_is_adamw_with_two_rates() -> None:
         {"a_rate": 0.0},
         {"balanced": True},
         {"restart_every": 2, "state": "carry"},
+        {"restart_every": 2, "state": "project"},
         {"restart_every": 2, "state": "keep"},
         {"restart_every": 2, "staggered": True},
         {"restart_every": 2, "adaptive": 0.99},
@@ -115,6 +116,20 @@ def test_the_runs_of_a_plan_have_files_of_their_own(name: str) -> None:
     specs = PLANS[name]()
     assert len({spec.path for spec in specs}) == len(specs)
     assert all(spec.size in convergence.SIZES for spec in specs)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_carried_state_is_the_same_where_the_new_a_is_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Variant(llama(), {"lr": 5e-3, "rest_lr": 5e-3, "rank": 4, "state": "carry", "a_rate": 0.0}, 30, 0)
+    for u in range(3):
+        trainer.step(tokens(u))
+    for weight in trainer.weights:
+        m, v, A = weight.of_b.m.clone(), weight.of_b.v.clone(), weight.A.clone()
+        weight.W.grad = torch.ones_like(weight.W)
+        monkeypatch.setattr(weight, "_draw", lambda A=A, *, first: (A, 2.0))
+        weight.restart(3)
+        torch.testing.assert_close(weight.of_b.m, m, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight.of_b.v, v, rtol=1e-4, atol=1e-6)
 
 
 def test_a_report_has_every_run_and_compares_with_the_best_full_rank(
