@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from relora_opt_cli.bases import MATRICES, MuonBesideAdamW
+from relora_opt_cli.bases import MATRICES, muon_beside_adamw
 from relora_opt_cli.config import parse_prune
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, prune
@@ -207,11 +207,7 @@ def _adamw(groups: Any) -> Optimizer:
     return AdamW(groups, betas=BETAS, weight_decay=0.0)
 
 
-def _muon(groups: Any) -> Optimizer:
-    def muon(groups: Any) -> Optimizer:
-        return Muon(groups, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    return MuonBesideAdamW(groups, muon=muon, adamw=_adamw)
+_muon = muon_beside_adamw(betas=BETAS, weight_decay=0.0)
 
 
 def _strategy(text: str) -> prune.Strategy:

@@ -52,7 +52,7 @@ def _grid(
 def tune_full() -> list[Spec]:
     return [
         *_grid("full-rank AdamW", "full", {}, RATES, REST),
-        *_grid("full-rank Muon", "muon", {}, (1e-3, 2e-3, 4e-3), (4e-3, 8e-3)),
+        *_grid("full-rank Muon", "muon", {}, (1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 8e-3)),
     ]
 
 
@@ -60,7 +60,19 @@ def tune_ours() -> list[Spec]:
     return [
         *_grid("LoRA, matched scale", "relora", MATCHED, RATES[:-1], REST),
         *_grid("LoRA, matched scale, A by gradient", "relora", GRADIENT, RATES[1:-1]),
-        *_grid("LoRA, matched scale, Muon", "relora", {**MATCHED, "base": "muon"}, (1e-3, 2e-3, 4e-3)),
+    ]
+
+
+def tune_muon() -> list[Spec]:
+    """Muon as the base of the factors."""
+    orthogonal, gradient = ({**settings, "base": "muon"} for settings in (MATCHED, GRADIENT))
+    return [
+        *_grid("LoRA, matched scale, Muon", "relora", orthogonal, (1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)),
+        *_grid("LoRA, matched scale, Muon, A by gradient", "relora", gradient, (4e-3, 8e-3)),
+        *_grid("LoRA, matched scale, Muon", "relora", orthogonal, (4e-3, 5.6e-3), (4e-3, 16e-3)),
+        *_grid("LoRA, matched scale, Muon, rank 16", "relora", {**orthogonal, "rank": 16}, (4e-3,)),
+        *_grid("LoRA, matched scale, Muon, rank 8", "relora", {**orthogonal, "rank": 8}, (4e-3,)),
+        *_grid("LoRA, s = 1, Muon", "relora", {**orthogonal, "alpha": 32}, (4e-3, 8e-3)),
     ]
 
 
@@ -165,6 +177,7 @@ def table_6() -> dict[str, dict[str, Any]]:
 PLANS: dict[str, Plan] = {
     "tune-full": tune_full,
     "tune-ours": tune_ours,
+    "tune-muon": tune_muon,
     "tune-rivals": tune_rivals,
     "variants": variants,
     "ablation": ablation,

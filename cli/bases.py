@@ -2,7 +2,8 @@
 
 adamw   torch.optim.AdamW with the betas and the weight decay
 sgd     torch.optim.SGD whose momentum is the first beta
-muon    torch.optim.Muon for the selected weights and their factors, which are matrices; AdamW for the rest
+muon    torch.optim.Muon for the selected weights and their factors, which are matrices, with momentum 0.95 and updates
+        of AdamW's size; AdamW for the rest
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ MATRICES = "is_matrices"  # the key that marks the groups of the selected weight
 
 def base_optimizer(config: Config) -> Callable[..., Optimizer]:
     """Return the factory of the base optimizer that a configuration names."""
-    adamw = partial(AdamW, betas=config.betas, weight_decay=config.weight_decay)
     if config.base == "sgd":
         return partial(SGD, momentum=config.betas[0], weight_decay=config.weight_decay)
     if config.base == "muon":
-        muon = partial(Muon, momentum=config.betas[0], weight_decay=config.weight_decay)
-        return partial(MuonBesideAdamW, muon=muon, adamw=adamw)
-    return adamw
+        return muon_beside_adamw(betas=config.betas, weight_decay=config.weight_decay)
+    return partial(AdamW, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def muon_beside_adamw(*, betas: tuple[float, float], weight_decay: float) -> Callable[..., Optimizer]:
+    """Return the factory of Muon for the groups marked as matrices, beside AdamW for the others."""
+    muon = partial(Muon, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return partial(MuonBesideAdamW, muon=muon, adamw=partial(AdamW, betas=betas, weight_decay=weight_decay))
 
 
 class MuonBesideAdamW(Optimizer):
