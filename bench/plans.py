@@ -85,6 +85,17 @@ def tune_rivals() -> list[Spec]:
     ]
 
 
+def balance() -> list[Spec]:
+    """Rates of A and B for Muon: the step of A moves W the further, the larger B has grown."""
+    settings: dict[str, Any] = {"rank": 32, "base": "muon"}
+    return [
+        *_grid("Muon, balanced rates", "variant", {**settings, "balanced": True}, (4e-3, 8e-3)),
+        *_grid("Muon, A's rate x 0.3", "variant", {**settings, "a_rate": 0.3}, (4e-3, 8e-3)),
+        *_grid("Muon, A's rate x 0.1", "variant", {**settings, "a_rate": 0.1}, (4e-3, 8e-3)),
+        *_grid("Muon, A fixed", "variant", {**settings, "a_rate": 0.0}, (4e-3, 8e-3)),
+    ]
+
+
 def variants() -> list[Spec]:
     """What a restart may do, where A may point, how far a step may go: a sixteenth of the width, 2000 updates."""
     common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
@@ -179,6 +190,7 @@ PLANS: dict[str, Plan] = {
     "tune-ours": tune_ours,
     "tune-muon": tune_muon,
     "tune-rivals": tune_rivals,
+    "balance": balance,
     "variants": variants,
     "ablation": ablation,
     "default-run": default_run,

@@ -16,6 +16,7 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     adaptive    a weight restarts when the share of G in A's span falls below this share of what it was after its last
                 restart, but not before `restart_every` updates of its cycle
     decay       decay of W itself, at the matrices' rate
+    base        adam, or muon for the factors and the weights before the switch
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from .methods import BETAS, MAX_NORM, Settings, is_matrix, loss_fn, outer
 
 EPS = 1e-8
+MOMENTUM = 0.95
 
 
 class Adam:
@@ -44,12 +46,27 @@ class Adam:
         return (self.m / (1 - BETAS[0] ** self.count)) / ((self.v / (1 - BETAS[1] ** self.count)).sqrt() + EPS)
 
 
+class Muon(Adam):
+    """Muon's momentum of one matrix: Nesterov's, orthogonalized, in updates of AdamW's size."""
+
+    def update(self, gradient: Tensor) -> Tensor:
+        self.m.lerp_(gradient, 1 - MOMENTUM)
+        X = gradient.lerp(self.m, MOMENTUM)
+        X = X / (X.norm() + 1e-7)
+        X = X.mT if X.shape[0] > X.shape[1] else X
+        for _ in range(5):
+            Z = X @ X.mT
+            X = 3.4445 * X + (-4.775 * Z + 2.0315 * Z @ Z) @ X
+        return 0.2 * math.sqrt(max(gradient.shape)) * (X.mT if gradient.shape[0] > gradient.shape[1] else X)
+
+
 class Weight:
     """A low-rank weight: W, A, B, their moments, and the update of its last restart."""
 
     def __init__(self, W: Tensor, settings: Settings, generator: torch.Generator, offset: float) -> None:
         self.W, self.settings, self.generator, self.offset = W, settings, generator, offset
-        self.dense, self.A, self.B = Adam(W), None, None
+        self.new_moments = Muon if settings.get("base") == "muon" else Adam
+        self.dense, self.A, self.B = self.new_moments(W), None, None
         self.last, self.share = 0, 0.0
 
     def restart(self, update: int) -> None:
@@ -61,13 +78,13 @@ class Weight:
         self.B = torch.zeros(m, self.settings["rank"])
         state = self.settings.get("state", "reset")
         if old is None or state == "reset":
-            self.of_a, self.of_b = Adam(self.A), Adam(self.B)
+            self.of_a, self.of_b = self.new_moments(self.A), self.new_moments(self.B)
         elif state in ("carry", "project"):
             # The gradient as the old factor saw it, G ~ m (A A^T)^-1 A, seen by the new one.
             rotation = torch.linalg.lstsq(old.T, self.A.T).solution
             seen = rotation.square()
             unseen = (1 - seen.sum(0)).clamp(min=0.0) if state == "carry" else torch.zeros(len(old))
-            moments, self.of_a = self.of_b, Adam(self.A)
+            moments, self.of_a = self.of_b, self.new_moments(self.A)
             moments.m, moments.v = moments.m @ rotation, moments.v @ seen + moments.v.mean(1, keepdim=True) * unseen
         self.last, self.share = update, self._captured()
 

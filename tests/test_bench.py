@@ -97,6 +97,7 @@ def test_full_rank_is_adamw_with_two_rates() -> None:
         {"restart_every": 2, "staggered": True},
         {"restart_every": 2, "adaptive": 0.99},
         {"decay": 0.1},
+        {"base": "muon", "balanced": True},
     ],
     ids=str,
 )
