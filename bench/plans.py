@@ -153,17 +153,21 @@ def carry_over() -> list[Spec]:
 def default_run() -> list[Spec]:
     """The default run of `relora-opt pretrain`, with and without its warm start and restarts, beside full rank."""
     low_rank: dict[str, Any] = {"alpha": "matched", "init": "orthogonal", "rank": 64}
-    warm: dict[str, Any] = {**low_rank, "warm_start": 120, "restart_warmup": 12}
-    methods: dict[str, tuple[str, dict[str, Any]]] = {
-        "full-rank AdamW": ("full", {}),
-        "LoRA, matched scale": ("relora", low_rank),
-        "LoRA, matched scale, warm start": ("relora", warm),
-        "ReLoRA, matched scale, warm start": ("relora", {**warm, "restart_every": 121}),
-    }
+    muon: dict[str, Any] = {**low_rank, "base": "muon"}
+    warm: dict[str, Any] = {"warm_start": 120, "restart_warmup": 12}
+    restarts: dict[str, Any] = {**warm, "restart_every": 121}
+    trials: list[tuple[str, str, dict[str, Any], tuple[float, ...]]] = [
+        ("LoRA, matched scale, Muon", "relora", muon, (2e-3, 4e-3)),
+        ("full-rank AdamW", "full", {}, (1e-3, 2e-3)),
+        ("LoRA, matched scale", "relora", low_rank, (1e-3, 2e-3)),
+        ("ReLoRA, matched scale, Muon, warm start", "relora", {**muon, **restarts}, (2e-3, 4e-3)),
+        ("full-rank Muon", "muon", {}, (2e-3, 4e-3)),
+        ("ReLoRA, matched scale, warm start", "relora", {**low_rank, **restarts}, (1e-3, 2e-3)),
+    ]
     return [
         Spec(name, method, {"lr": lr, "rest_lr": 8e-3, **settings}, "w256", "sotu", 600, 0)
-        for lr in (1e-3, 2e-3)
-        for name, (method, settings) in methods.items()
+        for name, method, settings, rates in trials
+        for lr in rates
     ]
 
 
