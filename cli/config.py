@@ -74,13 +74,13 @@ class Config:
 
     rank: int = _option("Rank of the factors; 0 trains at full rank. (default: by preset)", panel=_LOW_RANK)
     alpha: float | str | None = _option(
-        'Scale alpha / rank, or "matched": updates as large as at full rank. (default: the rank)', panel=_LOW_RANK
+        'Scale alpha / rank, or "matched": updates as large as at full rank. (default: matched)', panel=_LOW_RANK
     )
     targets: str | None = _option(
         "Low-rank weights, a regular expression. (default: linear layers but the head)", panel=_LOW_RANK
     )
-    factor_lr: float = _option("Multiplies the rate for factors. (default: by preset, or 1)", panel=_LOW_RANK)
-    init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: kaiming)", panel=_LOW_RANK)
+    factor_lr: float = _option("Multiplies the rate for factors. (default: 1)", panel=_LOW_RANK)
+    init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
     warm_start: int = _option(
         "Full-rank updates before the first cycle. (default: a fifth of the run)", panel=_LOW_RANK
     )
@@ -117,7 +117,8 @@ _GENERAL: Options = {
     "weight_decay": 0.0,
     "betas": (0.9, 0.95),
     "max_grad_norm": 1.0,
-    "init": "kaiming",
+    "alpha": "matched",
+    "init": "orthogonal",
     "factor_lr": 1.0,
     "prune": "reset",
     "dtype": "auto",
@@ -125,8 +126,8 @@ _GENERAL: Options = {
     "keep": 2,
     "seed": 0,
 }
-_SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 4e-3, "rank": 64, "factor_lr": 4.0}
-_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "lr": 1e-3, "factor_lr": 2.0, "batch_size": 64}
+_SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 8e-3, "rank": 64}
+_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "lr": 1e-3, "batch_size": 64}
 PRESETS: dict[str, Options] = {
     "5m": {**_SMALL, "vocab_size": 4096},
     "60m": {**_PAPER, "steps": 20_000},

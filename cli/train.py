@@ -81,7 +81,9 @@ def resume_run(folder: Path) -> None:
     console = Console()
     if not (folder / _CONFIG).is_file():
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {_CONFIG} in it")
-    config = replace(resolve(load_config_file(folder / _CONFIG)), out=str(folder))
+    options = load_config_file(folder / _CONFIG)
+    options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
+    config = replace(resolve(options), out=str(folder))
     checkpoint = latest_checkpoint(folder)
     progress = read_progress(checkpoint)
     if progress.is_finished:

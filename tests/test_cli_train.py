@@ -129,15 +129,21 @@ def test_the_learning_rate_in_the_metrics_is_the_jagged_schedule(tmp_path: Path)
     assert rates == pytest.approx([1e-2] * CYCLE + cycle * 3)
 
 
-@pytest.mark.parametrize("stop", [3, 6, 9, 12, 21])
-def test_a_resumed_run_equals_one_that_never_stopped_bitwise(tmp_path: Path, stop: int) -> None:
-    whole = train(tmp_path, save_every=3, keep=100)
-    part = tmp_path / "part"
+def stopped(whole: Path, stop: int) -> Path:
+    """Return a copy of a run as it was when it was killed after update `stop`."""
+    part = whole.parent / "part"
     shutil.copytree(whole, part)
     for path in checkpoints(part):
         if int(path.name) > stop:
             shutil.rmtree(path)
     shutil.rmtree(part / "export")
+    return part
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9, 12, 21])
+def test_a_resumed_run_equals_one_that_never_stopped_bitwise(tmp_path: Path, stop: int) -> None:
+    whole = train(tmp_path, save_every=3, keep=100)
+    part = stopped(whole, stop)
     resume_run(part)
     assert rows(part) == rows(whole)
     for ours, theirs in zip(checkpoints(part), checkpoints(whole), strict=True):
@@ -146,6 +152,25 @@ def test_a_resumed_run_equals_one_that_never_stopped_bitwise(tmp_path: Path, sto
         assert states[0]["param_groups"] == states[1]["param_groups"]
         pairs = zip(tensors(states[0]["state"]), tensors(states[1]["state"]), strict=True)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+
+
+@pytest.mark.parametrize("stop", [6, 7, 8, 13])
+def test_a_run_stopped_between_two_sketches_of_the_gradient_resumes_bitwise(tmp_path: Path, stop: int) -> None:
+    whole = train(tmp_path, save_every=1, keep=100, init="gradient")
+    part = stopped(whole, stop)
+    resume_run(part)
+    assert rows(part) == rows(whole)
+    last = [checkpoints(run)[-1] / "model.safetensors" for run in (part, whole)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_a_run_from_before_alpha_had_a_default_is_resumed_with_the_rank(tmp_path: Path) -> None:
+    whole = train(tmp_path, alpha=4.0, save_every=6, keep=100)  # the rank is 4
+    part = stopped(whole, 6)
+    lines = (part / "config.toml").read_text().splitlines()
+    (part / "config.toml").write_text("\n".join(line for line in lines if not line.startswith("alpha")) + "\n")
+    resume_run(part)
+    assert rows(part) == rows(whole)
 
 
 def test_a_run_is_not_resumed_on_other_texts(tmp_path: Path) -> None:
