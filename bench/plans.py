@@ -162,7 +162,12 @@ def default_run() -> list[Spec]:
         ("LoRA, matched scale", "relora", low_rank, (1e-3, 2e-3)),
         ("ReLoRA, matched scale, Muon, warm start", "relora", {**muon, **restarts}, (2e-3, 4e-3)),
         ("full-rank Muon", "muon", {}, (2e-3, 4e-3)),
-        ("ReLoRA, matched scale, warm start", "relora", {**low_rank, **restarts}, (1e-3, 2e-3)),
+        ("ReLoRA, matched scale, warm start", "relora", {**low_rank, **restarts}, (1e-3,)),
+        ("ReLoRA, matched scale", "relora", {**low_rank, "restart_every": 151, "restart_warmup": 15}, (1e-3,)),
+        ("LoRA, matched scale, warm start", "relora", {**low_rank, **warm}, (1e-3,)),
+        ("LoRA, matched scale, A by gradient", "relora", {**low_rank, "init": "gradient"}, (1e-3,)),
+        ("full-rank AdamW", "full", {}, (7e-4,)),
+        ("LoRA, matched scale", "relora", low_rank, (7e-4,)),
     ]
     return [
         Spec(name, method, {"lr": lr, "rest_lr": 8e-3, **settings}, "w256", "sotu", 600, 0)
