@@ -35,8 +35,8 @@ PAPER: dict[str, Any] = {
 PEFT: dict[str, Any] = {"rank": 32, "alpha": 32, "restart_every": 250, "restart_warmup": 25}
 GALORE: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 0.25}
 APOLLO: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 1.0}
-RATES = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)
-REST = (4e-3, 8e-3, 16e-3)
+RATES = (2e-3, 1.4e-3, 2.8e-3, 1e-3, 4e-3)
+REST = (8e-3, 4e-3, 16e-3)
 _CARRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
@@ -59,7 +59,7 @@ def tune_full() -> list[Spec]:
 def tune_ours() -> list[Spec]:
     return [
         *_grid("LoRA, matched scale", "relora", MATCHED, RATES[:-1], REST),
-        *_grid("LoRA, matched scale, A by gradient", "relora", GRADIENT, RATES[1:-1]),
+        *_grid("LoRA, matched scale, A by gradient", "relora", GRADIENT, RATES[:3]),
     ]
 
 
@@ -156,6 +156,8 @@ def default_run() -> list[Spec]:
     muon: dict[str, Any] = {**low_rank, "base": "muon"}
     warm: dict[str, Any] = {"warm_start": 120, "restart_warmup": 12}
     restarts: dict[str, Any] = {**warm, "restart_every": 121}
+    short: dict[str, Any] = {"warm_start": 30, "restart_every": 143, "restart_warmup": 14}
+    by_gradient = {**low_rank, "init": "gradient"}
     trials: list[tuple[str, str, dict[str, Any], tuple[float, ...]]] = [
         ("LoRA, matched scale, Muon", "relora", muon, (2e-3, 4e-3)),
         ("full-rank AdamW", "full", {}, (1e-3, 2e-3)),
@@ -165,7 +167,9 @@ def default_run() -> list[Spec]:
         ("ReLoRA, matched scale, warm start", "relora", {**low_rank, **restarts}, (1e-3,)),
         ("ReLoRA, matched scale", "relora", {**low_rank, "restart_every": 151, "restart_warmup": 15}, (1e-3,)),
         ("LoRA, matched scale, warm start", "relora", {**low_rank, **warm}, (1e-3,)),
-        ("LoRA, matched scale, A by gradient", "relora", {**low_rank, "init": "gradient"}, (1e-3,)),
+        ("LoRA, matched scale, A by gradient", "relora", by_gradient, (1e-3,)),
+        ("ReLoRA, matched scale, short warm start", "relora", {**low_rank, **short}, (1e-3,)),
+        ("ReLoRA, matched scale, short warm start, A by gradient", "relora", {**by_gradient, **short}, (1e-3,)),
         ("full-rank AdamW", "full", {}, (7e-4,)),
         ("LoRA, matched scale", "relora", low_rank, (7e-4,)),
     ]
