@@ -138,22 +138,27 @@ def matched_scale(base: Base, group: Group, shape: tuple[int, int], A: Tensor) -
         A: (r, n), as it is drawn.
 
     Raises:
-        ValueError: where the base moves nothing in the trial.
+        ValueError: where the base moves nothing in the trial, or not finitely.
     """
     m, n = shape
-    A = A.float()
+    size, A = math.sqrt(m * n), A.to(torch.float32)
     generator = torch.Generator().manual_seed(0)
 
-    size = math.sqrt(m * n)
-    G = torch.randn(m, n, generator=generator).to(A.device)
-    in_span = torch.randn(m, len(A), generator=generator).to(A.device) @ A
-    of_dense = _trial_update(base, group, G * (size / G.norm())).norm()
-    of_factor = in_span @ A.mT * (size / in_span.norm())
-    once, twice = _trial_update(base, group, of_factor), _trial_update(base, group, 2 * of_factor)
-    if not (of_dense > 0 and once.norm() > 0):
-        raise ValueError('alpha="matched" needs a base whose first updates move something: give alpha as a number')
-    power = math.log2(float(twice.norm() / once.norm()))
-    scale: float = float(of_dense / (once @ A).norm()) ** (1 / (1 + power))
+    def drawn(columns: int) -> Tensor:
+        return torch.randn(m, columns, generator=generator, dtype=torch.float32).to(A.device)
+
+    with torch.autocast(A.device.type, enabled=False):
+        G, in_span = drawn(n), drawn(len(A)) @ A
+        of_factor = in_span @ A.mT * (size / in_span.norm())
+        of_dense = float(_trial_update(base, group, G * (size / G.norm())).norm())
+        once, twice = (_trial_update(base, group, of_factor * factor) for factor in (1.0, 2.0))
+        of_low_rank, ratio = float((once @ A).norm()), float(twice.norm() / once.norm())
+    if not all(math.isfinite(value) and value > 0 for value in (of_dense, of_low_rank, ratio)):
+        raise ValueError(
+            f'alpha="matched": {base.factory!r} moves a weight of shape {shape} by {of_dense}, and by {of_low_rank} '
+            "through factors, in a trial of 8 updates: give alpha as a number"
+        )
+    scale: float = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
     return scale
 
 

@@ -52,12 +52,12 @@ Group = dict[str, Any]
 
 
 class _Selected(NamedTuple):
-    """A low-rank weight as the optimizer meets it."""
+    """A low-rank weight as the optimizer meets it, in group `number`."""
 
     W: Tensor
     slot: Slot
     group: Group
-    scale: float
+    number: int
 
 
 class ReLoRAOptimizer(Optimizer):
@@ -137,6 +137,7 @@ class ReLoRAOptimizer(Optimizer):
         self._base.check_closure(is_plain=is_plain)
         self._slots = [group.slots for group in resolved]
         self._matched: dict[tuple[int, ...], float] = {}
+        self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
         template = self._base.build([dict(group.options) for group in resolved])
         groups = [
@@ -217,8 +218,9 @@ class ReLoRAOptimizer(Optimizer):
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
+                self._options.append(_without_parameters(group.options))
         except Exception:  # all of it or nothing
-            del self.param_groups[num_groups:], self._slots[num_groups:]
+            del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
             raise
         self._changed()
 
@@ -260,8 +262,10 @@ class ReLoRAOptimizer(Optimizer):
                 if is_low_rank(saved):
                     on_device = bool(group.get("fused") or group.get("capturable"))
                     self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)
-        for group in self.param_groups:  # of a state saved before there was pointing
-            group.setdefault("pointing", 0)
+        for group in self.param_groups:
+            group.setdefault("pointing", 0)  # of a state saved before there was pointing
+            if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
+                group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
         self._changed()
 
@@ -357,7 +361,7 @@ class ReLoRAOptimizer(Optimizer):
         Raises:
             KeyError: where the parameter is not low-rank.
         """
-        return self._find(parameter).scale
+        return self._scale(self._find(parameter))
 
     @torch.no_grad()
     def frozen_weight(self, parameter: Tensor) -> Tensor:
@@ -367,7 +371,7 @@ class ReLoRAOptimizer(Optimizer):
         if selected.group["pointing"]:
             return parameter.detach().clone()
         W: Tensor = self.state.get(parameter, {}).get("master", parameter)
-        return (W - product(A, B, selected.scale).view(W.shape)).to(parameter.dtype)
+        return (W - product(A, B, self._scale(selected)).view(W.shape)).to(parameter.dtype)
 
     def set_clock(self, *, num_updates: int, num_restarts: int, last_restart: int) -> None:
         """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
@@ -402,6 +406,12 @@ class ReLoRAOptimizer(Optimizer):
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
         from .step import FunctionalModel
 
+        if self.init == "gradient" and 0 < self.schedule.restart_every <= pointing.NUM_SKETCHES:
+            raise ValueError(
+                f'restart_every={self.schedule.restart_every} with init="gradient": on the functional path the first '
+                f"{pointing.NUM_SKETCHES} updates of a cycle are sketches, and no low-rank weight would ever move; "
+                "lengthen the cycle"
+            )
         self._restore_models()
         functional = FunctionalModel(model, self)
         self._functionals.add(functional)
@@ -459,8 +469,7 @@ class ReLoRAOptimizer(Optimizer):
         wanted = {id(group) for group in (self.param_groups if groups is None else groups)}
         for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
             if group["rank"] and id(group) in wanted:
-                for W, slot in zip(group["params"], slots, strict=True):
-                    yield _Selected(W, slot, group, self._scale(W, slot, number))
+                yield from (_Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
 
     def _find(self, parameter: Tensor) -> _Selected:
         for selected in self._selected():
@@ -469,24 +478,24 @@ class ReLoRAOptimizer(Optimizer):
         what = f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
         raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
 
-    def _scale(self, W: Tensor, slot: Slot, number: int) -> float:
-        """Return s of a weight in group `number`; where it is matched it is found once for every shape."""
-        group = self.param_groups[number]
+    def _scale(self, selected: _Selected) -> float:
+        """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
+        W, slot, group, number = selected
         if group["scale"] != MATCHED:
             return float(group["scale"])
         m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
         if (number, m, n) not in self._matched:
-            A = draw_a((m, n), group["rank"], init=self.init, generator=draw_generator(0, "", 0), like=W)
-            options = {key: value for key, value in group.items() if key != "params"}
-            self._matched[number, m, n] = inner.matched_scale(self._base, options, (m, n), A)
+            like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
+            A = draw_a((m, n), group["rank"], init=self.init, generator=draw_generator(0, "", 0), like=like)
+            self._matched[number, m, n] = inner.matched_scale(self._base, self._options[number], (m, n), A)
         return self._matched[number, m, n]
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
         """Yield the selected weights, of all groups or of these, that have factors."""
-        for W, _, _, scale in self._selected(groups):
-            entry = self.state.get(W)
+        for selected in self._selected(groups):
+            entry = self.state.get(selected.W)
             if is_low_rank(entry):
-                yield LowRankState(W, entry, scale)
+                yield LowRankState(selected.W, entry, self._scale(selected))
 
     def _num_sketches(self, group: Group) -> int:
         """Return how many sketches point the A's of a group at the start of a cycle."""
@@ -496,12 +505,11 @@ class ReLoRAOptimizer(Optimizer):
         return [group for group in self.param_groups if group["pointing"] and self.is_low_rank]
 
     def _point(self) -> None:
-        """Point the A's that are to be pointed, where dense gradients and no others have come."""
-        groups = self._pointing()
-        weights = list(self._low_rank_weights(groups))
-        if any(w.W.grad is not None for w in weights) and not any(w.has_gradient for w in weights):
-            pointing.point_(weights)
-            for group in groups:
+        """Point the A's that are to be pointed, in the groups to which dense gradients and no others have come."""
+        for group in self._pointing():
+            weights = list(self._low_rank_weights([group]))
+            if any(w.W.grad is not None for w in weights) and not any(w.has_gradient for w in weights):
+                pointing.point_(weights)
                 group["pointing"] = 0
 
     def _sketch(self) -> None:
@@ -600,6 +608,10 @@ class ReLoRAOptimizer(Optimizer):
         return bool(found) and not any(bool(gradient.any()) for gradient in found)
 
 
+def _without_parameters(options: Group) -> Group:
+    return {key: value for key, value in options.items() if key != "params"}
+
+
 _PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 _OWN = (
     "schedule",
@@ -610,6 +622,7 @@ _OWN = (
     "_low_rank",
     "_base",
     "_slots",
+    "_options",
     "_matched",
     "_passes_closure",
 )

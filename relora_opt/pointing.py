@@ -51,10 +51,16 @@ def sketch_(weights: Sequence[LowRankState], *, is_last: bool) -> None:
 
 
 def _set_rows_(rows: Tensor, M: Tensor, count: int) -> None:
-    """Set `rows` (count, n) to the leading right singular vectors of M (any, n); leave it where M says nothing."""
-    if bool(M.isfinite().all() & (M != 0).any()):
-        with torch.autocast(M.device.type, enabled=False):
-            V = torch.linalg.svd(M.to(rows.dtype), full_matrices=False).Vh[..., :count, :]
-        # A singular vector's sign is arbitrary, and differs between libraries: its largest element is positive here.
-        largest = V.gather(-1, V.abs().argmax(-1, keepdim=True))
-        rows.copy_(V * largest.sign())
+    """Set `rows` (count, n) to the leading right singular vectors of M (any, n), or batches; one by one.
+
+    Where M is zero or not finite it says nothing, and the rows stay what they are.
+    """
+    speaks = M.isfinite().flatten(-2).all(-1) & (M != 0).flatten(-2).any(-1)
+    speaks = speaks[..., None, None]
+    if not speaks.any():
+        return
+    with torch.autocast(M.device.type, enabled=False):
+        V = torch.linalg.svd(M.to(rows.dtype).where(speaks, 0.0), full_matrices=False).Vh[..., :count, :]
+    # A singular vector's sign is arbitrary, and differs between libraries: its largest element is positive here.
+    largest = V.gather(-1, V.abs().argmax(-1, keepdim=True))
+    rows.copy_(torch.where(speaks, V * largest.sign(), rows))

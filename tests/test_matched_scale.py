@@ -11,7 +11,7 @@ from models import mlp, relora, selected_weights
 from torch import nn
 from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, memory
 
 M, N, R = 24, 96, 6
 LIKE_ADAM = math.sqrt(N / R)
@@ -116,11 +116,38 @@ def test_the_scale_survives_a_restart_and_changed_options() -> None:
     assert optimizer.scale(W) == before
 
 
+def test_the_scale_follows_from_the_options_first_given_and_not_from_when_it_is_asked_for() -> None:
+    (W, early), (X, late) = matched(AdamW, betas=(0.9, 0.95)), matched(AdamW, betas=(0.9, 0.95))
+    before = early.scale(W)
+    late.param_groups[0]["betas"] = (0.0, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert late.scale(X) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_scale_is_the_same_for_every_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        W, optimizer = matched(AdamW)
+        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-5)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_model_on_the_meta_device_has_a_scale_and_a_size() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(N, M, bias=False))
+    optimizer = ReLoRAOptimizer(model, rank=R, targets=["0"], alpha="matched", init="orthogonal")
+    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=1e-5)
+    assert memory(optimizer).num_trainable == R * (M + N)
+
+
 def test_a_base_that_moves_nothing_is_refused() -> None:
     class Idle(SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             return None
 
     W, optimizer = matched(Idle)
-    with pytest.raises(ValueError, match="first updates move something: give alpha as a number"):
+    with pytest.raises(ValueError, match=r"Idle.* moves a weight of shape \(24, 96\) by 0.0.*: give alpha as a number"):
         optimizer.scale(W)

@@ -11,7 +11,9 @@ from models import batch, differences, mlp, mse, randomise_b, relora, selected_w
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
-from relora_opt.pointing import NUM_SKETCHES
+from relora_opt.pointing import NUM_SKETCHES, point_, sketch_
+from relora_opt.select import Slot
+from relora_opt.state import LowRankState, new_entry
 
 DOUBLE = torch.float64
 
@@ -238,3 +240,69 @@ def test_factors_made_by_hand_before_the_first_update_are_still_pointed_exactly(
     for optimizer, trained in ((early, model), (late, twin)):
         stepper("dense", optimizer, trained)(*batch(0, DOUBLE))
     assert not differences(early.state_dict(), late.state_dict())
+
+
+@pytest.mark.parametrize(("saved", "live"), [("kaiming", "gradient"), ("gradient", "kaiming")])
+@pytest.mark.parametrize("warm_start", [0, 3])
+def test_a_state_without_factors_is_pointed_as_the_optimizer_that_loads_it_says(
+    saved: str, live: str, warm_start: int
+) -> None:
+    model, twin = mlp(DOUBLE), mlp(DOUBLE)
+    schedule = JaggedSchedule(50, warm_start=warm_start)
+    before, after = (relora(m, init=init, schedule=schedule) for m, init in ((model, saved), (twin, live)))
+    if warm_start:
+        stepper("dense", before, model)(*batch(0, DOUBLE))
+    after.load_state_dict(through_file(before.state_dict()))
+    expected = NUM_SKETCHES if live == "gradient" else 0
+    assert [group["pointing"] for group in after.param_groups if group["rank"]] == [expected]
+    for u in range(1, 3):
+        stepper("dense", after, twin)(*batch(u, DOUBLE))
+    if warm_start:  # the switch has just been
+        assert after.is_low_rank
+        assert bool(after.factors(twin.first.weight)[1].any()) == (live == "gradient")
+        stepper("dense", after, twin)(*batch(3, DOUBLE))
+    assert after.param_groups[0]["pointing"] == 0
+    W = twin.first.weight
+    assert not torch.equal(after.frozen_weight(W), W)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["dense", "functional"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_an_expert_whose_gradient_says_nothing_keeps_its_draw_and_the_others_are_pointed(
+    path: str, value: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, G = nn.Parameter(torch.ones(3, 6, 7, dtype=DOUBLE)), torch.randn(3, 6, 7, dtype=DOUBLE, generator=generator)
+    G[1] = value
+    entry = new_entry(W, Slot("up", True), 2, init="gradient", seed=0, restart=0)
+    weight = LowRankState(W, entry, 1.0)
+    A, B, drawn = entry["A"], entry["B"], entry["A"].detach().clone()
+    if path == "dense":
+        W.grad = G
+        point_([weight])
+    for sketch in range(NUM_SKETCHES if path == "functional" else 0):
+        A.grad, B.grad = B.mT @ G, G @ A.mT
+        sketch_([weight], is_last=sketch == NUM_SKETCHES - 1)
+    assert torch.equal(A[1], drawn[1])
+    assert not B.any()
+    for expert in (0, 2):
+        assert captured(G[expert], A[expert]) > (0.7 if path == "functional" else 1 - 1e-9) * best(G[expert], 2)
+
+
+def test_every_group_is_pointed_by_its_own_gradients() -> None:
+    model = mlp()
+    groups = [{"params": [(name, W)], "rank": 2} for name, W in selected_weights(model).items()]
+    optimizer = ReLoRAOptimizer(groups, init="gradient", weight_decay=0.0)
+    model.first.weight.grad = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert [group["pointing"] for group in optimizer.param_groups] == [0, NUM_SKETCHES]
+
+
+@pytest.mark.parametrize("restart_every", [1, 2])
+def test_a_cycle_of_sketches_alone_is_refused_on_the_functional_path(restart_every: int) -> None:
+    model = mlp()
+    optimizer = pointed(model, schedule=JaggedSchedule(restart_every))
+    with pytest.raises(ValueError, match=f"restart_every={restart_every} .*lengthen the cycle"):
+        optimizer.make_step(model, mse)
+    assert pointed(model, schedule=JaggedSchedule(3)).make_step(model, mse)
