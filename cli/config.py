@@ -82,7 +82,7 @@ class Config:
     factor_lr: float = _option("Multiplies the rate for factors. (default: 1)", panel=_LOW_RANK)
     init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
     warm_start: int = _option(
-        "Full-rank updates before the first cycle. (default: a fifth of the run)", panel=_LOW_RANK
+        "Full-rank updates before the first cycle. (default: a twentieth of the run)", panel=_LOW_RANK
     )
     restart_every: int = _option(
         "Updates in a cycle; 0 is plain LoRA. (default: three restarts a run)", panel=_LOW_RANK
@@ -223,7 +223,7 @@ def _follow(filled: Options, given: Options) -> Options:
             filled[name] = value
 
     default("warmup", steps // 20)
-    default("warm_start", steps // 5)
+    default("warm_start", steps // 20)
     default(
         "restart_every", max(0, steps - filled["warm_start"]) // 4 + 1
     )  # four cycles, none of which ends at the end

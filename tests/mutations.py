@@ -320,7 +320,7 @@ MUTATIONS = (
     Mutation(
         "match every base as if it were Adam",
         "inner.py",
-        "** (1 / (1 + power))",
+        "** (1 / (1 + math.log2(ratio)))",
         "** 1.0",
         ("test_matched_scale.py", "sgd_is_matched"),
     ),

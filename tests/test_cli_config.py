@@ -37,7 +37,7 @@ def write(path: Path, text: str) -> Path:
 @given(st.integers(1, 10**6))
 def test_lengths_that_are_not_set_are_shares_of_the_run(steps: int) -> None:
     config = resolve({"steps": steps})
-    assert (config.warmup, config.warm_start) == (steps // 20, steps // 5)
+    assert (config.warmup, config.warm_start) == (steps // 20, steps // 20)
     restarts = range(config.warm_start + config.restart_every, steps + 1, config.restart_every)
     assert 1 <= len(restarts) <= 3
     assert len(restarts) == 3 or steps < 20
@@ -58,8 +58,8 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
     [
         ({"warm_start": 100}, "warm_start=100 leaves no low-rank update in steps=100: shorten it, or give rank 0"),
         (
-            {"restart_every": 90},
-            "restart_every=90 puts the first restart after update 110, beyond steps=100: shorten it",
+            {"restart_every": 96},
+            "restart_every=96 puts the first restart after update 101, beyond steps=100: shorten it",
         ),
     ],
 )
@@ -79,7 +79,7 @@ def test_tokens_are_whole_updates(batch_size: int, seq_len: int, tokens: int) ->
         return
     config = resolve(options)
     assert config.steps == tokens // (batch_size * seq_len)
-    assert config.warm_start == config.steps // 5
+    assert config.warm_start == config.steps // 20
 
 
 def test_every_preset_resolves_and_gives_its_values() -> None:
