@@ -1,4 +1,4 @@
-"""The training methods that bench compares, each as `Trainer(model, settings, clock)` with `step(batch) -> loss`.
+"""The training methods that bench compares, each as `Trainer(model, settings, steps, seed)` with `step(tokens)`.
 
 All share the model, AdamW's betas (0.9, 0.95), clipping at norm 1, a cosine with warm-up over a twentieth of the run
 down to a tenth of the peak, and two rates: `lr` for the matrices of the layers (or their factors), `rest_lr` for
@@ -43,17 +43,29 @@ def is_matrix(name: str) -> bool:
     return name.split(".")[-2] in MATRIX_NAMES
 
 
-class Dense:
+class Trainer:
+    """A model and its loss, compiled, as all methods share them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.loss = torch.compile(lambda tokens: loss_fn(model, tokens))
+
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            loss: Tensor = self.loss(tokens)
+            return loss
+
+
+class Dense(Trainer):
     """Any optimizer over the model's own gradients: full rank, and rivals that project what they are given."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if is_matrix(name)]
         rest = [p for name, p in named if not is_matrix(name)]
-        self.model = model
+        super().__init__(model)
         self.optimizer = self.make(matrices, rest, settings, seed)
         self.scheduler = LambdaLR(self.optimizer, self.multiplier(settings, steps))
-        self.loss = torch.compile(lambda tokens: loss_fn(model, tokens))
         self.num_trainable = sum(p.numel() for _, p in named)
 
     def make(self, matrices: list[Tensor], rest: list[Tensor], settings: Settings, seed: int) -> Optimizer:
@@ -73,11 +85,6 @@ class Dense:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            loss: Tensor = self.loss(tokens)
-            return loss
-
 
 class MuonDense(Dense):
     """Muon for the matrices, with updates of AdamW's size, beside AdamW for the rest."""
@@ -87,7 +94,6 @@ class MuonDense(Dense):
             {"params": matrices, "lr": settings["lr"], MATRICES: True},
             {"params": rest, "lr": settings["rest_lr"], MATRICES: False},
         ]
-
         return _muon(groups)
 
 
@@ -165,7 +171,7 @@ class Peft(Dense):
             self.optimizer.state.pop(factor, None)
 
 
-class ReLoRA:
+class ReLoRA(Trainer):
     """ReLoRAOptimizer on the functional path, compiled: everything that this project offers is a setting."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
@@ -178,7 +184,7 @@ class ReLoRA:
         rest = [(name, p) for name, p in model.named_parameters() if not is_matrix(name)]
         low_rank = {"rank": settings.pop("rank"), "lr": lr, MATRICES: True}
         groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, MATRICES: False}]
-        self.model = model
+        super().__init__(model)
         self.optimizer = ReLoRAOptimizer(
             groups,
             _BASES[base],
@@ -189,18 +195,12 @@ class ReLoRA:
             **settings,
         )
         self.step = self.optimizer.make_step(model, loss_fn, compile=True)
-        self.loss = torch.compile(lambda tokens: loss_fn(model, tokens))
 
     @property
     def num_trainable(self) -> int:
         from relora_opt import memory
 
         return memory(self.optimizer).num_trainable
-
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            loss: Tensor = self.loss(tokens)
-            return loss
 
 
 def _adamw(groups: Any) -> Optimizer:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .methods import BETAS, MAX_NORM, Settings, is_matrix, loss_fn, outer
+from .methods import BETAS, MAX_NORM, Settings, Trainer, is_matrix, outer
 
 EPS = 1e-8
 MOMENTUM = 0.95
@@ -137,18 +137,18 @@ class Weight:
         self.A, self.B = A, B
 
 
-class Variant:
+class Variant(Trainer):
     """The trainer of `methods` over these weights."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
-        self.model, self.settings, self.outer = model, settings, outer(steps)
+        super().__init__(model)
+        self.settings, self.outer = settings, outer(steps)
         self.steps, self.num_updates, self.num_restarts = steps, 0, 0
         named = list(model.named_parameters())
         matrices = [p for name, p in named if is_matrix(name)]
         generator = torch.Generator().manual_seed(seed)
         self.weights = [Weight(p, settings, generator, i / len(matrices)) for i, p in enumerate(matrices)]
         self.rest = [(p, Adam(p)) for name, p in named if not is_matrix(name)]
-        self.loss = torch.compile(lambda tokens: loss_fn(model, tokens))
         self.num_trainable = sum(p.numel() for p, _ in self.rest)
         self.num_trainable += sum(settings["rank"] * sum(w.W.shape) for w in self.weights)
 
@@ -159,11 +159,6 @@ class Variant:
             self._update()
         self.model.zero_grad()
         return loss.detach()
-
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            loss: Tensor = self.loss(tokens)
-            return loss
 
     def _update(self) -> None:
         self.num_updates += 1
