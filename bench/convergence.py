@@ -44,7 +44,7 @@ SIZES = {
     "w512": Size(512, 1376, 4096),
 }
 _NUM_VALIDATION = 512  # sequences of held-out documents
-_NUM_EVALUATIONS = 20
+_NUM_EVALUATIONS = 10
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def _grid(
 def tune_full() -> list[Spec]:
     return [
         *_grid("full-rank AdamW", "full", {}, RATES, REST),
+        *_grid("full-rank AdamW", "full", {}, (2e-3, 2.8e-3), (32e-3,)),
         *_grid("full-rank Muon", "muon", {}, (1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 8e-3)),
     ]
 
@@ -100,14 +101,17 @@ def variants() -> list[Spec]:
     """What a restart may do, where A may point, how far a step may go: a sixteenth of the width, 2000 updates."""
     common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
     cycle: dict[str, Any] = {"restart_every": 400}
+    short: dict[str, Any] = {"restart_every": 100}
     ramped: dict[str, Any] = {**cycle, "restart_warmup": 40}
     trials: dict[str, dict[str, Any]] = {
         "no restart": {},
         "restarts": ramped,
         "restarts, state carried, no ramp": {**cycle, "state": "carry"},
+        "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
+        "restarts every 100, state carried, no ramp": {**short, "state": "carry"},
+        "restarts every 100, A by gradient, state carried, no ramp": {**short, "state": "carry", "init": "gradient"},
         "restarts, state projected, no ramp": {**cycle, "state": "project"},
         "restarts, A by gradient": {**ramped, "init": "gradient"},
-        "restarts, A by gradient, state carried, no ramp": {**cycle, "state": "carry", "init": "gradient"},
         "restarts, staggered, state carried, no ramp": {**cycle, "staggered": True, "state": "carry"},
         "no restart, A by gradient": {"init": "gradient"},
         "restarts, adaptive": {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5},
@@ -123,7 +127,10 @@ def variants() -> list[Spec]:
         "warm start, A by moment": {"warm_start": 200, "restart_warmup": 40, "init": "moment"},
         "warm start, A by update": {"warm_start": 200, "restart_warmup": 40, "init": "update"},
     }
-    return [Spec(name, "variant", {**common, **own}, "w128", "botocore", 2000, 0) for name, own in trials.items()]
+    return [
+        Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, "w128", "botocore", 2000, 0),
+        *(Spec(name, "variant", {**common, **own}, "w128", "botocore", 2000, 0) for name, own in trials.items()),
+    ]
 
 
 def ablation() -> list[Spec]:
