@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .report import Result, best_of_each, results, rows
+from .report import FULL, Result, best_of_each, results, rows
 
 _BEFORE, _AFTER = 30, 120  # updates around a restart
 _SMOOTH = 5
@@ -26,8 +26,8 @@ def draw_methods(path: Path, place: tuple[str, str, int]) -> bool:
         return False
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(ordered) + 1.4), layout="constrained")
     for y, row in enumerate(ordered):
-        is_full = row.name == "full-rank AdamW"
-        axes.plot(row.losses, [y] * len(row.losses), "o", color="#c2410c" if is_full else "#1d4ed8", alpha=0.5)
+        is_full, losses = row.name == FULL, list(row.by_seed.values())
+        axes.plot(losses, [y] * len(losses), "o", color="#c2410c" if is_full else "#1d4ed8", alpha=0.5)
         axes.plot([row.mean], [y], "|", color="black", markersize=16)
         if is_full:
             axes.axvline(row.mean, color="#c2410c", linewidth=0.8, linestyle="--")
@@ -45,9 +45,7 @@ def draw_restarts(path: Path, names: Sequence[str], reference: str) -> bool:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     has_lines = False
     for name in names:
-        windows = [
-            window for key, run in by_key.items() if key[0] == name for window in _windows(run, by_key, reference)
-        ]
+        windows = _all_windows(name, by_key, reference)
         if windows:
             has_lines = True
             mean = np.convolve(np.mean(windows, axis=0), np.ones(_SMOOTH) / _SMOOTH, mode="same")
@@ -71,9 +69,7 @@ def spikes(names: Sequence[str], reference: str) -> dict[str, tuple[float, int]]
     by_key = {_key(result): result for result in results()}
     found = {}
     for name in names:
-        windows = [
-            window for key, run in by_key.items() if key[0] == name for window in _windows(run, by_key, reference)
-        ]
+        windows = _all_windows(name, by_key, reference)
         if windows:
             after = np.convolve(np.mean(windows, axis=0)[_BEFORE:], np.ones(_SMOOTH) / _SMOOTH, mode="valid")
             peak = int(after.argmax())

@@ -12,6 +12,7 @@ from typing import Any
 
 from .convergence import RESULTS
 
+FULL = "full-rank AdamW"
 Result = dict[str, Any]
 
 
@@ -22,19 +23,22 @@ class Row:
     place: tuple[str, str, int]  # size, text, steps
     name: str
     settings: str
-    losses: tuple[float, ...]
+    by_seed: dict[int, float]  # validation losses
     num_trainable: int
     num_parameters: int
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.losses)
+        return statistics.fmean(self.by_seed.values())
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; nan for one seed."""
-        count = len(self.losses)
-        return statistics.stdev(self.losses) / count**0.5 if count > 1 else float("nan")
+        return _standard_error(list(self.by_seed.values()))
+
+    def beyond(self, other: Row) -> tuple[float, float]:
+        """Return the mean difference to another row and its standard error: over shared seeds, where there are any."""
+        pairs = [loss - other.by_seed[seed] for seed, loss in self.by_seed.items() if seed in other.by_seed]
+        return statistics.fmean(pairs or [self.mean - other.mean]), _standard_error(pairs)
 
 
 def rows() -> list[Row]:
@@ -49,7 +53,7 @@ def rows() -> list[Row]:
             place,
             name,
             settings,
-            tuple(r["val_loss"] for r in runs),
+            {r["spec"]["seed"]: r["val_loss"] for r in runs},
             runs[0]["num_trainable"],
             runs[0]["num_parameters"],
         )
@@ -74,32 +78,69 @@ def write_report(path: Path) -> None:
         lines += [f"## {size}, {text}, {steps} updates", "", "Best settings of each method:", ""]
         lines += _table(best_of_each(here), _reference(here))
         lines += ["", "All settings:", "", *_table(here, _reference(here)), ""]
+    for size, steps in sorted({(row.place[0], row.place[2]) for row in every}):
+        lines += _over_texts([row for row in every if (row.place[0], row.place[2]) == (size, steps)])
     path.write_text("\n".join(lines))
+
+
+def _over_texts(here: list[Row]) -> list[str]:
+    """Return one table over all texts of a size and length: of the runs with several seeds, what each method reaches
+    with the settings that are best over the texts, beside the full-rank AdamW that is best on each text."""
+    settled = [row for row in here if len(row.by_seed) > 1]
+    texts = sorted({row.place[1] for row in settled})
+    full = {row.place[1]: row for row in reversed(settled) if row.name == FULL}  # rows are best first
+    on_texts: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in settled:  # sorted by place: in the order of the texts
+        on_texts[row.name, row.settings].append(row)
+    whole = [some for some in on_texts.values() if len(some) == len(texts)]
+    if len(texts) < 2 or len(full) < len(texts):
+        return []
+    best: dict[str, list[Row]] = {}
+    for some in sorted(whole, key=lambda some: statistics.fmean(row.mean for row in some)):
+        best.setdefault(some[0].name, some)
+    size, _, steps = here[0].place
+    lines = [f"## {size}, {steps} updates, over texts and seeds", ""]
+    lines += [
+        "In brackets: the difference to the full-rank AdamW that is best on that text, with its standard error.",
+        "",
+    ]
+    lines += [f"| method | settings | seeds | {' | '.join(texts)} |", "|---|---|---|" + "---|" * len(texts)]
+    for name, some in best.items():
+        gaps = [row.beyond(full[row.place[1]]) for row in some]
+        cells = [f"{row.mean:.4f} ({gap:+.4f} ± {error:.4f})" for row, (gap, error) in zip(some, gaps, strict=True)]
+        seeds = min(len(row.by_seed) for row in some)
+        lines.append(f"| {name} | {some[0].settings} | {seeds} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def best_of_each(here: list[Row]) -> list[Row]:
     """Return every method's best settings, best first: of those with the most seeds, so that none wins by luck."""
     best: dict[str, Row] = {}
-    for row in sorted(here, key=lambda row: (-len(row.losses), row.mean)):
+    for row in sorted(here, key=lambda row: (-len(row.by_seed), row.mean)):
         best.setdefault(row.name, row)
     return sorted(best.values(), key=lambda row: row.mean)
 
 
-def _reference(here: list[Row]) -> float | None:
+def _reference(here: list[Row]) -> Row | None:
     """The best full-rank AdamW in a place, to which the others are compared."""
-    return next((row.mean for row in best_of_each(here) if row.name == "full-rank AdamW"), None)
+    return next((row for row in best_of_each(here) if row.name == FULL), None)
 
 
-def _table(some: list[Row], reference: float | None) -> list[str]:
+def _table(some: list[Row], reference: Row | None) -> list[str]:
     lines = ["| method | settings | trainable | seeds | loss | s.e. | to full rank |", "|---|---|---|---|---|---|---|"]
     for row in some:
-        error = "" if len(row.losses) == 1 else f"{row.error:.4f}"
-        gap = "" if reference is None else f"{row.mean - reference:+.4f}"
+        error = "" if len(row.by_seed) == 1 else f"{row.error:.4f}"
+        gap = "" if reference is None else f"{row.beyond(reference)[0]:+.4f}"
         share = f"{row.num_trainable / row.num_parameters:.0%}"
         lines.append(
-            f"| {row.name} | {row.settings} | {share} | {len(row.losses)} | {row.mean:.4f} | {error} | {gap} |"
+            f"| {row.name} | {row.settings} | {share} | {len(row.by_seed)} | {row.mean:.4f} | {error} | {gap} |"
         )
     return lines
+
+
+def _standard_error(values: list[float]) -> float:
+    """Of the mean; nan for fewer than two values."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def _shown(settings: dict[str, Any]) -> str:

@@ -150,7 +150,35 @@ def test_a_report_has_every_run_and_compares_with_the_best_full_rank(
     assert best.count("| full-rank AdamW |") == 1
     assert every.count("| full-rank AdamW |") == 2
     assert "| 2 | 4.0000 | 0.1000 | +0.0000 |" in best
-    assert "| 1 | 4.0500 |  | +0.0500 |" in best
+    assert "| 1 | 4.0500 |  | +0.1500 |" in best  # against full rank's loss on the same seed
+
+
+def test_texts_with_several_seeds_come_into_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    losses = {
+        ("full-rank AdamW", 1e-3, "sotu"): [4.0, 4.2],
+        ("full-rank AdamW", 2e-3, "sotu"): [4.3, 4.5],
+        ("full-rank AdamW", 1e-3, "python"): [3.0, 3.2],
+        ("full-rank AdamW", 2e-3, "python"): [2.9, 3.1],
+        ("LoRA", 1e-3, "sotu"): [3.8, 4.2],
+        ("LoRA", 1e-3, "python"): [3.0, 3.2],
+        ("LoRA", 2e-3, "sotu"): [3.8, 4.1],  # not on every text
+        ("Muon", 1e-3, "sotu"): [3.0],  # one seed
+        ("Muon", 1e-3, "python"): [3.0],
+    }
+    for (name, lr, text), values in losses.items():
+        for seed, loss in enumerate(values):
+            spec = Spec(name, "full", {"lr": lr, "name": name}, "w128", text, 10, seed)
+            result = {"spec": vars(spec), "val_loss": loss, "num_trainable": 1, "num_parameters": 2}
+            spec.path.write_text(json.dumps(result))
+    report.write_report(tmp_path / "report.md")
+    table = (tmp_path / "report.md").read_text().split("over texts and seeds")[1]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| method", "| LoRA", "| full-rank AdamW"]
+    assert rows[1][1:4] == ["lr=0.001 name=LoRA", "2", "3.1000 (+0.1000 ± 0.0000)"]
+    assert rows[1][4].startswith("4.0000 (-0.1000 ± 0.1000)")
+    assert rows[2][3].startswith("3.1000 (+0.1000 ± 0.0000)")  # best over texts, while another is best on this one
 
 
 def test_the_picture_of_restarts_shows_their_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
