@@ -6,6 +6,7 @@ What is heavy (torch, datasets, matplotlib) is imported inside the commands, so 
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
-from .config import FIELDS, Config, UserError, load_config_file, resolve
+from .config import FIELDS, Config, ProcessError, UserError, load_config_file, resolve
 
 app = typer.Typer(
     name="relora-opt",
@@ -31,6 +32,8 @@ def main() -> None:
     try:
         app(args=_spread_data(sys.argv[1:]))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0" and not isinstance(error, ProcessError):
+            sys.exit(2)  # of several processes, the first one says it
         Console(stderr=True, soft_wrap=True).print(f"relora-opt: {error}", markup=False, highlight=False)
         sys.exit(2)
 

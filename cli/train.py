@@ -11,6 +11,7 @@ function of how many were served, and everything else is in the checkpoint.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -35,6 +36,7 @@ from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
 from .metrics import Phase, Row, truncate_metrics
 from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
+from .parallel import LostProcessError, World, noticing_losses, world
 from .plot import plot_runs
 from .report import Summary, View, print_summary
 
@@ -54,73 +56,63 @@ class Run:
     model: Llama
     optimizer: ReLoRAOptimizer
     progress: Progress
+    processes: World
 
 
 def start_run(config: Config) -> None:
     """Train from the beginning, or from `init_from`, in a new folder."""
-    console = Console()
-    config = replace(config, out=config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out={config.out!r} is in use: give a new folder, or go on with --resume {config.out}")
-    _set_threads(config)
-    shape = model_config(config)
-    with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
-        make_optimizer(Llama(shape), config)
-    run = _prepare(config, folder, shape, console)
-    if config.init_from:
-        load_weights(run.model, config.init_from)
-    else:
-        init_weights(run.model, seed=config.seed)
-    _write_folder(run)
-    train(run)
+    with world(config.device) as processes:
+        out = processes.from_main(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+        config = replace(config, out=out)
+        processes.on_main(lambda: _check_new(Path(out)))
+        run = processes.main_first(lambda: _begin(config, processes))
+        processes.on_main(lambda: _write_folder(run))
+        train(run)
 
 
 def resume_run(folder: Path) -> None:
     """Go on with a run from its newest checkpoint; a finished one is left alone."""
-    console = Console()
     if not (folder / _CONFIG).is_file():
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {_CONFIG} in it")
     options = load_config_file(folder / _CONFIG)
     options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
     config = replace(resolve(options), out=str(folder))
-    checkpoint = latest_checkpoint(folder)
-    progress = read_progress(checkpoint)
-    if progress.is_finished:
-        console.print(
-            f"{folder} is finished: {progress.update} updates; nothing to resume", markup=False, highlight=False
-        )
-        return
-    _set_threads(config)
-    run = _prepare(config, folder, load_config(folder / MODEL_CONFIG), console)
-    run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
-    if run.progress.corpus != run.corpus.fingerprint:
-        raise UserError(
-            f"the texts are not those that {folder} was trained on (data={list(config.data)}): restore them, or start "
-            "a new run with --init-from"
-        )
-    # A run that has made no update evaluates again, and writes its first row again.
-    truncate_metrics(folder / _METRICS, after_update=run.progress.update or -1)
-    console.print(f"resuming {folder} after update {run.progress.update}", markup=False, highlight=False)
-    train(run)
+    with world(config.device) as processes:
+        checkpoint = latest_checkpoint(folder)
+        progress = read_progress(checkpoint)
+        if progress.is_finished:
+            _say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
+            return
+        run = processes.main_first(lambda: _restore(config, checkpoint, processes))
+        # A run that has made no update evaluates again, and writes its first row again.
+        processes.on_main(lambda: truncate_metrics(folder / _METRICS, after_update=progress.update or -1))
+        _say(processes, f"resuming {folder} after update {progress.update}")
+        train(run)
 
 
 def train(run: Run) -> None:
     """Train to the end of the run, and close it."""
-    config, optimizer = run.config, run.optimizer
+    config, optimizer, processes = run.config, run.optimizer, run.processes
     with View(config.steps, console=run.console) as view, _Interrupts() as interrupts, _metrics_file(run) as metrics:
         loop = _Loop(run, view, metrics)
-        if run.progress.update == 0:
-            loop.evaluate()
-        while optimizer.num_updates < config.steps:
-            loop.attempt()
-            is_last = optimizer.num_updates == config.steps
-            if optimizer.num_updates % config.save_every == 0 or is_last or interrupts.is_stopped:
+        try:
+            if run.progress.update == 0:
+                loop.evaluate()
+            while optimizer.num_updates < config.steps:
+                loop.attempt()
+                is_last = optimizer.num_updates == config.steps
+                is_stopped = processes.sum(float(interrupts.is_stopped)) != [0.0]
+                if optimizer.num_updates % config.save_every == 0 or is_last or is_stopped:
+                    processes.on_main(lambda: _save(run, is_finished=False))
+                if is_stopped and not is_last:
+                    view.say(f"stopped; to go on: relora-opt pretrain --resume {run.folder}")
+                    raise SystemExit(130)
+        except LostProcessError:
+            if processes.is_main:
                 _save(run, is_finished=False)
-            if interrupts.is_stopped and not is_last:
-                view.say(f"stopped; to go on: relora-opt pretrain --resume {run.folder}")
-                raise SystemExit(130)
-    _close(run)
+                view.say(f"saved after update {run.progress.update}; to go on, resume {run.folder}")
+            raise
+    processes.on_main(lambda: _close(run))
 
 
 class _Loop:
@@ -132,19 +124,27 @@ class _Loop:
         self.device = next(run.model.parameters()).device
         self.dtype = autocast_dtype(config, self.device)
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
-        self.accumulate = config.batch_size // config.micro_batch_size
+        self.micro_batch_size = min(config.micro_batch_size, config.batch_size // run.processes.size)
+        self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
         self.step = run.optimizer.make_step(
-            run.model, self._loss, compile=config.compile, accumulate=self.accumulate, skip_nonfinite=True
+            run.model,
+            self._loss,
+            compile=config.compile,
+            accumulate=self.accumulate,
+            skip_nonfinite=True,
+            process_group=run.processes.group,
         )
-        self.validation = _validation_set(run.corpus, config).to(self.device)
+        self.validation = run.processes.share(_validation_set(run.corpus, config)).to(self.device)
         self.num_skips = 0
 
     def attempt(self) -> None:
         """Serve one batch, and do what is due after its update."""
         run, config, optimizer = self.run, self.run.config, self.run.optimizer
         before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
-        batch = self.batches.batch(run.progress.attempts).to(self.device)
-        losses = [self.step(part) for part in torch.split(batch, config.micro_batch_size)]
+        batch = self.batches.batch(run.progress.attempts)
+        share = run.processes.share(batch).to(self.device)
+        with noticing_losses():
+            losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
         loss = float(torch.stack(losses).mean())
         seconds = time.monotonic() - start
         run.progress = replace(
@@ -153,6 +153,7 @@ class _Loop:
             attempts=run.progress.attempts + 1,
             seconds=run.progress.seconds + seconds,
         )
+        (loss,) = (total / run.processes.size for total in run.processes.sum(loss))
         if optimizer.num_updates == before:
             self._count_skip(loss)
             return
@@ -179,10 +180,11 @@ class _Loop:
     @torch.no_grad()
     def _validate(self, *, is_switch: bool) -> float:
         model = self.run.model.eval()
-        parts = torch.split(self.validation, self.run.config.micro_batch_size)
-        total = sum(float(self._loss(model, part)) * len(part) for part in parts)
+        parts = [part for part in torch.split(self.validation, self.micro_batch_size) if len(part)]
+        own = sum(float(self._loss(model, part)) * len(part) for part in parts)
         model.train()
-        val_loss = total / len(self.validation)
+        total, count = self.run.processes.sum(own, float(len(self.validation)))
+        val_loss = total / count
         self.run.progress = replace(self.run.progress, val_loss=val_loss)
         if is_switch:
             self.run.progress = replace(self.run.progress, val_loss_switch=val_loss)
@@ -247,12 +249,46 @@ class _Interrupts:
 
 @contextmanager
 def _metrics_file(run: Run) -> Iterator[Any]:
-    with open(run.folder / _METRICS, "a", buffering=1, encoding="utf-8") as file:
+    path = run.folder / _METRICS if run.processes.is_main else os.devnull
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
         yield file
 
 
-def _prepare(config: Config, folder: Path, shape: LlamaConfig, console: Console) -> Run:
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
+
+
+def _begin(config: Config, processes: World) -> Run:
+    """Return a run at its beginning."""
+    shape = model_config(config)
+    with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
+        make_optimizer(Llama(shape), config)
+    run = _prepare(config, shape, processes)
+    if config.init_from:
+        load_weights(run.model, config.init_from)
+    else:
+        init_weights(run.model, seed=config.seed)
+    return run
+
+
+def _restore(config: Config, checkpoint: Path, processes: World) -> Run:
+    """Return a run as it was at a checkpoint."""
+    run = _prepare(config, load_config(Path(config.out) / MODEL_CONFIG), processes)
+    run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
+    if run.progress.corpus != run.corpus.fingerprint:
+        raise UserError(
+            f"the texts are not those that {config.out} was trained on (data={list(config.data)}): restore them, or "
+            "start a new run with --init-from"
+        )
+    return run
+
+
+def _prepare(config: Config, shape: LlamaConfig, processes: World) -> Run:
     """Read the texts and build what the loop works on; the model's weights are not set yet."""
+    _check_shares(config, processes)
+    _set_threads(config)
+    folder, console = Path(config.out), Console(quiet=not processes.is_main)
     with console.status("reading and tokenizing the texts"):
         corpus = prepare(
             config.data,
@@ -266,7 +302,21 @@ def _prepare(config: Config, folder: Path, shape: LlamaConfig, console: Console)
     model = Llama(shape).to(device)
     optimizer = make_optimizer(model, config)
     progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
-    return Run(config, folder, console, corpus, model, optimizer, progress)
+    return Run(config, folder, console, corpus, model, optimizer, progress, processes)
+
+
+def _check_shares(config: Config, processes: World) -> None:
+    """Refuse a batch that cannot be shared evenly."""
+    if config.batch_size % processes.size:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {processes.size} processes: make it a multiple"
+        )
+    share = config.batch_size // processes.size
+    if share % min(config.micro_batch_size, share):
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} must divide what each of {processes.size} processes has of "
+            f"batch_size={config.batch_size}, which is {share}"
+        )
 
 
 def _close(run: Run) -> None:
@@ -339,6 +389,10 @@ def _tokenizer_file(config: Config, folder: Path) -> Path | None:
     if config.tokenizer is not None:
         return Path(config.tokenizer)
     return None if config.init_from is None else Path(config.init_from) / TOKENIZER
+
+
+def _say(processes: World, text: str) -> None:
+    Console(quiet=not processes.is_main).print(text, markup=False, highlight=False)
 
 
 def _set_threads(config: Config) -> None:

@@ -1,10 +1,12 @@
-"""Gradients on their way into an update: dense ones projected, scaled ones unscaled, bad ones found."""
+"""Gradients on their way into an update: averaged over processes, projected, unscaled, found to be finite or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .state import LowRankState
@@ -43,3 +45,40 @@ def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
 def are_finite(parameters: Iterable[Tensor]) -> bool:
     """Say whether the norm of all gradients together is finite; this waits for the device."""
     return bool(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite())
+
+
+def average_(parameters: Iterable[Tensor], process_group: dist.ProcessGroup) -> None:
+    """Replace every gradient by its mean over the processes, which hold the same parameters in the same order.
+
+    A parameter whose gradient is missing on some processes counts as zero there; where all lack it, it stays missing.
+    Gradients travel in buckets of one dtype, each with a flag for every parameter in it.
+    """
+    world_size = dist.get_world_size(process_group)
+    for bucket in _buckets(parameters):
+        flags = torch.tensor([float(p.grad is not None) for p in bucket])
+        for p in bucket:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.to_dense()
+        pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
+        flat = torch.cat([*pieces, flags.to(bucket[0], non_blocking=True)])
+        dist.all_reduce(flat, group=process_group)
+        flat, flags_sum = flat[: -len(bucket)].div_(world_size), flat[-len(bucket) :]
+        for place, (p, mean) in enumerate(zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True)):
+            if p.grad is not None:
+                p.grad.copy_(mean.view_as(p))
+            elif bool(flags_sum[place]):  # only here does a process wait for its device
+                p.grad = mean.view_as(p).clone()
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in lists of one dtype and device, of about _BUCKET_SIZE elements each."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        bucket = by_kind.setdefault((p.dtype, p.device), [])
+        bucket.append(p)
+        if sum(other.numel() for other in bucket) >= _BUCKET_SIZE:
+            yield by_kind.pop((p.dtype, p.device))
+    yield from by_kind.values()
+
+
+_BUCKET_SIZE = 2**24

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -426,6 +427,7 @@ class ReLoRAOptimizer(Optimizer):
         accumulate: int = 1,
         skip_nonfinite: bool = False,
         has_aux: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> Step:
         """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py)."""
         from .step import Step
@@ -438,6 +440,7 @@ class ReLoRAOptimizer(Optimizer):
             accumulate=accumulate,
             skip_nonfinite=skip_nonfinite,
             has_aux=has_aux,
+            process_group=process_group,
         )
 
     # Privates

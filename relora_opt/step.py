@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from . import gradients
 from .select import PARALLEL
 from .weight import LowRankWeight
 
@@ -153,6 +155,8 @@ class Step:
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It synchronises with the
             device once an update.
         has_aux: whether `loss_fn` returns something beside the loss.
+        process_group: over whose processes the gradients are averaged, once an update; None for one process. Nothing
+            but the gradients of what is trained travels: of the factors and the unselected parameters.
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class Step:
         accumulate: int = 1,
         skip_nonfinite: bool = False,
         has_aux: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate={accumulate!r} must be a whole number of micro-batches, 1 or more")
@@ -176,11 +181,14 @@ class Step:
             skip_nonfinite,
             has_aux,
         )
+        self.process_group = process_group
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn)
         self._is_compiled = compile
-        functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
-        self._forward: Callable[..., Any] = torch.compile(functional, fullgraph=True) if compile else functional
+        self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
+        self._forward: Callable[..., Any] = self._functional
+        if compile:
+            self._forward = torch.compile(self._functional, fullgraph=True)
         self._losses_are_finite = True
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
@@ -198,10 +206,21 @@ class Step:
         return (loss, aux) if self.has_aux else loss
 
     def _update(self) -> None:
-        if not self.skip_nonfinite or (self._losses_are_finite and self.optimizer.has_finite_gradients()):
+        if self.process_group is not None:
+            gradients.average_(self._functional.parameters(), self.process_group)
+        if not self.skip_nonfinite or (self._all_losses_are_finite() and self.optimizer.has_finite_gradients()):
             self.optimizer.step()
         self._losses_are_finite = True
         self.optimizer.zero_grad()
+
+    def _all_losses_are_finite(self) -> bool:
+        """Say whether the losses of this update were finite, in every process."""
+        if self.process_group is None:
+            return self._losses_are_finite
+        device = next(self._functional.parameters()).device
+        num_bad = torch.tensor(float(not self._losses_are_finite), device=device)
+        dist.all_reduce(num_bad, group=self.process_group)
+        return not bool(num_bad)
 
 
 class _Loss(nn.Module):

@@ -1,0 +1,114 @@
+"""`make_step(process_group=...)`: several processes train what one process would on all of their batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import batch, mlp
+from torch import Tensor, nn
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, gradients
+
+SIZE = 2
+UPDATES = 7
+
+
+def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - y).square().mean()
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> ReLoRAOptimizer:
+    return ReLoRAOptimizer(
+        model, rank=2, lr=0.01, schedule=JaggedSchedule(2, restart_warmup=1, warm_start=2), max_grad_norm=1.0, **options
+    )
+
+
+def train(process_group: dist.ProcessGroup | None, rank: int, **settings: Any) -> dict[str, Tensor]:
+    """Train on this process's halves of the batches, or on whole ones."""
+    model = mlp(torch.float64)
+    init = settings.pop("init", "kaiming")
+    optimizer = optimizer_of(model, init=init)
+    step = optimizer.make_step(model, loss_fn, process_group=process_group, **settings)
+    for index in range(UPDATES * settings.get("accumulate", 1)):
+        x, y = batch(index, torch.float64)
+        if process_group is not None:
+            x, y = x.tensor_split(SIZE)[rank], y.tensor_split(SIZE)[rank]
+        step(x, y)
+    assert optimizer.num_updates == UPDATES
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trains_alike(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    return train(group, rank, **settings)
+
+
+def skips_together(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """Only the last process has a bad batch."""
+    model = mlp(torch.float64)
+    optimizer = optimizer_of(model)
+    step = optimizer.make_step(model, loss_fn, compile=False, skip_nonfinite=True, process_group=group)
+    x, y = batch(0, torch.float64)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    step(bad if rank == SIZE - 1 else x, y)
+    assert optimizer.num_updates == 0
+    step(x, y)
+    return optimizer.num_updates
+
+
+def averages(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """One gradient is everywhere, one on the first process alone (sparse), one nowhere; small buckets, two dtypes."""
+    gradients._BUCKET_SIZE = 4
+    sizes = (3, 2, 5, 1, 2)
+    tensors = [torch.zeros(n, dtype=torch.float64 if n == 5 else torch.float32, requires_grad=True) for n in sizes]
+    for tensor in (tensors[0], tensors[2], tensors[4]):
+        tensor.grad = torch.full_like(tensor, 1.0 + rank)
+    if rank == 0:
+        tensors[1].grad = torch.ones(2).to_sparse()
+    gradients.average_(tensors, group)
+    return [None if tensor.grad is None else tensor.grad.tolist() for tensor in tensors]
+
+
+def _process(rank: int, folder: str, work: Callable[..., Any], settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
+    try:
+        assert dist.group.WORLD is not None
+        torch.save(work(rank, dist.group.WORLD, settings), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_all(folder: Path, work: Callable[..., Any], **settings: Any) -> list[Any]:
+    """Return what the work gives in each of SIZE processes."""
+    mp.spawn(_process, (str(folder), work, settings), nprocs=SIZE)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13's compiler uses what torch 2.13 deprecates
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compile": False},
+        {"compile": False, "accumulate": 3, "init": "orthogonal"},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_train_what_one_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole = train(None, 0, **settings)
+    first, second = on_all(tmp_path, trains_alike, **settings)
+    for name, weight in whole.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
+
+
+def test_an_update_is_skipped_by_all_or_none(tmp_path: Path) -> None:
+    assert on_all(tmp_path, skips_together) == [1, 1]
+
+
+def test_gradients_that_some_processes_lack_count_as_zero(tmp_path: Path) -> None:
+    assert on_all(tmp_path, averages) == [[[1.5] * 3, [0.5] * 2, [1.5] * 5, None, [1.5] * 2]] * 2
