@@ -133,6 +133,32 @@ def variants() -> list[Spec]:
     ]
 
 
+def cycles() -> list[Spec]:
+    """How long a cycle may be when nothing is lost at a restart: a sixteenth of the width, 1000 updates, both bases."""
+    carried: dict[str, Any] = {"state": "carry"}
+    trials: dict[str, dict[str, Any]] = {
+        "no restart": {},
+        "restarts every 100, state carried": {**carried, "restart_every": 100},
+        "restarts every 25, state carried": {**carried, "restart_every": 25},
+        "restarts every 100, A by gradient, state carried": {**carried, "restart_every": 100, "init": "gradient"},
+        "restarts every 250, state carried": {**carried, "restart_every": 250},
+    }
+    bases: dict[str, dict[str, Any]] = {"Muon": {"lr": 4e-3, "base": "muon"}, "Adam": {"lr": 2e-3}}
+    return [
+        Spec(
+            f"{base}, rank 8, {name}",
+            "variant",
+            {"rest_lr": 8e-3, "rank": 8, **own, **of_base},
+            "w128",
+            "sotu",
+            STEPS,
+            0,
+        )
+        for name, own in trials.items()
+        for base, of_base in bases.items()
+    ]
+
+
 def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
@@ -212,6 +238,7 @@ PLANS: dict[str, Plan] = {
     "tune-rivals": tune_rivals,
     "balance": balance,
     "variants": variants,
+    "cycles": cycles,
     "ablation": ablation,
     "default-run": default_run,
     "carry-over": carry_over,
