@@ -159,6 +159,35 @@ def cycles() -> list[Spec]:
     ]
 
 
+def leaks() -> list[Spec]:
+    """B forgets a little at every update, instead of everything at a restart; B that does not start at zero."""
+    trials: dict[str, dict[str, Any]] = {
+        "leak 0.005": {"leak": 0.005},
+        "leak 0.02": {"leak": 0.02},
+        "B orthonormal": {"b_init": "orthogonal"},
+        "leak 0.001": {"leak": 0.001},
+        "B orthonormal, restarts every 100, state carried": {
+            "b_init": "orthogonal",
+            "restart_every": 100,
+            "state": "carry",
+        },
+        "leak 0.1": {"leak": 0.1},
+    }
+    return [
+        Spec(
+            f"Adam, rank {rank}, {name}",
+            "variant",
+            {"rest_lr": 8e-3, "rank": rank, **own, "lr": 2e-3},
+            "w128",
+            "sotu",
+            STEPS,
+            0,
+        )
+        for name, own in trials.items()
+        for rank in (8, 32)
+    ]
+
+
 def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
@@ -239,6 +268,7 @@ PLANS: dict[str, Plan] = {
     "balance": balance,
     "variants": variants,
     "cycles": cycles,
+    "leaks": leaks,
     "ablation": ablation,
     "default-run": default_run,
     "carry-over": carry_over,

@@ -15,6 +15,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     staggered   every weight restarts at its own time, spread evenly over the cycle, with a ramp of its own
     adaptive    a weight restarts when the share of G in A's span falls below this share of what it was after its last
                 restart, but not before `restart_every` updates of its cycle
+    b_init      orthogonal: B starts as orthonormal columns instead of zero; W does not change by it
+    leak        after every update B shrinks by this share (times the schedule's multiplier) while W stays
     decay       decay of W itself, at the matrices' rate
     base        adam, or muon for the factors and the weights before the switch
 """
@@ -76,6 +78,9 @@ class Weight:
         given = self.settings.get("scale", "matched")
         self.scale = scale if given == "matched" else float(given)
         self.B = torch.zeros(m, self.settings["rank"])
+        if self.settings.get("b_init") == "orthogonal":  # its step and A's move W equally far
+            Q = torch.linalg.qr(torch.randn(m, self.settings["rank"], generator=self.generator))[0]
+            self.B = Q * math.sqrt(m / self.W.shape[1])
         state = self.settings.get("state", "reset")
         if old is None or state == "reset":
             self.of_a, self.of_b = self.new_moments(self.A), self.new_moments(self.B)
@@ -134,7 +139,8 @@ class Weight:
         A = self.A - lr * a_rate * self.of_a.update(gradients[0])
         B = self.B - lr * b_rate * self.of_b.update(gradients[1])
         self.W.mul_(1 - lr * self.settings.get("decay", 0.0)).add_(B @ A - self.B @ self.A, alpha=self.scale)
-        self.A, self.B = A, B
+        # What B forgets stays in W: a restart spread over all updates.
+        self.A, self.B = A, B * (1 - self.settings.get("leak", 0.0) * lr / self.settings["lr"])
 
 
 class Variant(Trainer):
