@@ -188,6 +188,24 @@ def leaks() -> list[Spec]:
     ]
 
 
+def long() -> list[Spec]:
+    """Long enough for a sixteenth of the width to be too little? Four times the updates of the grids."""
+    trials: dict[str, dict[str, Any]] = {
+        "no restart": {},
+        "restarts every 1000, state carried": {"restart_every": 1000, "state": "carry"},
+        "leak 0.002": {"leak": 0.002},
+        "restarts every 1000": {"restart_every": 1000, "restart_warmup": 50},
+    }
+    place = ("w128", "botocore", 4 * STEPS, 0)
+    return [
+        Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, *place),
+        *(
+            Spec(f"Adam, rank 8, {name}", "variant", {"rest_lr": 8e-3, "rank": 8, **own, "lr": 2e-3}, *place)
+            for name, own in trials.items()
+        ),
+    ]
+
+
 def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
@@ -269,6 +287,7 @@ PLANS: dict[str, Plan] = {
     "variants": variants,
     "cycles": cycles,
     "leaks": leaks,
+    "long": long,
     "ablation": ablation,
     "default-run": default_run,
     "carry-over": carry_over,

@@ -97,6 +97,8 @@ def test_full_rank_is_adamw_with_two_rates() -> None:
         {"restart_every": 2, "staggered": True},
         {"restart_every": 2, "adaptive": 0.99},
         {"decay": 0.1},
+        {"leak": 0.1},
+        {"b_init": "orthogonal"},
         {"base": "muon", "balanced": True},
     ],
     ids=str,
