@@ -206,6 +206,41 @@ def long() -> list[Spec]:
     ]
 
 
+def confirm() -> list[Spec]:
+    """What the grids settled, on three texts and three seeds that they have not seen."""
+    trials: list[tuple[str, str, dict[str, Any]]] = [
+        ("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}),
+        ("LoRA, matched scale", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **MATCHED}),
+        ("LoRA, matched scale, Muon", "relora", {"lr": 4e-3, "rest_lr": 8e-3, **MATCHED, "base": "muon"}),
+        ("full-rank Muon", "muon", {"lr": 4e-3, "rest_lr": 8e-3}),
+        ("full-rank AdamW", "full", {"lr": 2.8e-3, "rest_lr": 16e-3}),
+        ("LoRA, matched scale, rank 16", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **MATCHED, "rank": 16}),
+    ]
+    return _on_all_texts(trials)
+
+
+def confirm_rivals() -> list[Spec]:
+    """The rivals with the best settings of their grids, and a smaller full-rank model with as many trained numbers."""
+    smaller: dict[str, Any] = {"width": 96, "inner": 258}
+    trials: list[tuple[str, str, dict[str, Any]]] = [
+        ("PEFT merge-and-reset", "peft", {"lr": 2e-3, "rest_lr": 8e-3, **PEFT}),
+        ("galore-torch", "galore", {"lr": 8e-3, "rest_lr": 8e-3, **GALORE}),
+        ("ReLoRA, the paper's settings", "relora", {"lr": 4e-3, "rest_lr": 8e-3, **PAPER}),
+        ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **smaller}),
+        ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 4e-3, "rest_lr": 8e-3, **APOLLO}),
+    ]
+    return _on_all_texts(trials)
+
+
+def _on_all_texts(trials: list[tuple[str, str, dict[str, Any]]]) -> list[Spec]:
+    return [
+        Spec(name, method, settings, "w128", text, STEPS, seed)
+        for seed in SEEDS
+        for text in TEXTS
+        for name, method, settings in trials
+    ]
+
+
 def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
@@ -288,6 +323,8 @@ PLANS: dict[str, Plan] = {
     "cycles": cycles,
     "leaks": leaks,
     "long": long,
+    "confirm": confirm,
+    "confirm-rivals": confirm_rivals,
     "ablation": ablation,
     "default-run": default_run,
     "carry-over": carry_over,
