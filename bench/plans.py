@@ -85,9 +85,9 @@ def tune_rivals() -> list[Spec]:
             for factor_lr in (2.0, 4.0)
             for spec in _grid("ReLoRA, the paper's settings", "relora", {**PAPER, "factor_lr": factor_lr}, (2e-3,))
         ),
-        *_grid("PEFT merge-and-reset", "peft", PEFT, (1e-3, 2e-3, 4e-3)),
-        *_grid("galore-torch", "galore", GALORE, (4e-3, 8e-3, 16e-3)),
-        *_grid("APOLLO (pytorch_optimizer)", "apollo", APOLLO, (2e-3, 4e-3, 8e-3)),
+        *_grid("PEFT merge-and-reset", "peft", PEFT, (1e-3, 2e-3, 4e-3, 8e-3)),
+        *_grid("galore-torch", "galore", GALORE, (4e-3, 8e-3, 16e-3, 32e-3)),
+        *_grid("APOLLO (pytorch_optimizer)", "apollo", APOLLO, (2e-3, 4e-3, 8e-3, 16e-3)),
     ]
 
 
