@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,23 +39,18 @@ class Base:
             raise TypeError(f"base is an instance of {name}: pass the class itself, with its arguments by keyword")
         if not callable(self.factory):
             raise TypeError(f"base={self.factory!r} must be an optimizer class or a factory: torch.optim.AdamW, say")
-        if self.options.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the update of W is made in place, outside autograd")
 
-    def check_closure(self, *, is_plain: bool) -> None:
-        """Refuse LBFGS unless it has the parameters to itself: without factors and without clipping."""
-        is_lbfgs = isinstance(self.factory, type) and issubclass(self.factory, torch.optim.LBFGS)
-        if is_lbfgs and not is_plain:
-            raise ValueError(
-                "LBFGS evaluates its closure many times an update: it works with rank=0 and max_grad_norm=None only"
-            )
+    @property
+    def kind(self) -> object:
+        """The optimizer's class, where the factory shows it."""
+        return self.factory.func if isinstance(self.factory, partial) else self.factory
 
     def build(self, groups: list[Group]) -> Optimizer:
         """Return the base optimizer over these groups, one of its groups for each of them.
 
         Raises:
             TypeError: where the factory returns something else.
-            ValueError: where it rearranges the groups or has no usable learning rate.
+            ValueError: where it rearranges the groups, has no usable learning rate or is to be differentiated through.
         """
         optimizer = self.factory(groups, **self.options)
         if not isinstance(optimizer, Optimizer):
@@ -66,7 +62,28 @@ class Base:
         for group in optimizer.param_groups:
             if not math.isfinite(float(group.get("lr", math.nan))):
                 raise ValueError(f"lr={group.get('lr')} must be a finite number: the schedule multiplies it")
+            if group.get("differentiable"):
+                raise ValueError(
+                    "differentiable=True is not supported: the update of W is made in place, outside autograd"
+                )
         return optimizer
+
+
+_WORKS_ALONE: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "evaluates its closure many times an update",
+    torch.optim.SparseAdam: "takes sparse gradients, and those of factors are dense",
+}
+
+
+def check_alone(kind: object, *, is_alone: bool) -> None:
+    """Refuse a class of optimizer that needs the parameters to itself where there are factors, or clipping.
+
+    Raises:
+        ValueError: says why.
+    """
+    for needy, why in _WORKS_ALONE.items():
+        if not is_alone and isinstance(kind, type) and issubclass(kind, needy):
+            raise ValueError(f"{needy.__name__} {why}: it works with rank=0 and max_grad_norm=None only")
 
 
 class Inner:

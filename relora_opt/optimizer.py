@@ -134,13 +134,14 @@ class ReLoRAOptimizer(Optimizer):
         self._low_rank = LowRank(rank, alpha, factor_lr, targets)
         self._base = inner.Base(base, options)
         resolved = resolve_groups(params, self._low_rank)
-        is_plain = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
-        self._base.check_closure(is_plain=is_plain)
+        is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
+        inner.check_alone(self._base.kind, is_alone=is_alone)
         self._slots = [group.slots for group in resolved]
         self._matched: dict[tuple[int, ...], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
         template = self._base.build([dict(group.options) for group in resolved])
+        inner.check_alone(type(template), is_alone=is_alone)  # a factory's
         groups = [
             {**given, **group.options, "pointing": self._num_sketches(group.options)}
             for given, group in zip(template.param_groups, resolved, strict=True)
@@ -256,11 +257,11 @@ class ReLoRAOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
-        # torch has cast every floating tensor to its parameter's dtype; factors and masters keep their own.
+        # torch has cast every floating tensor to its parameter's dtype; here everything keeps the one it was saved in.
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for W, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index)
-                if is_low_rank(saved):
+                if saved is not None:
                     on_device = bool(group.get("fused") or group.get("capturable"))
                     self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)
         for group in self.param_groups:

@@ -117,14 +117,14 @@ def detached(entry: Entry) -> Entry:
 
 
 def loaded(saved: Entry, live: Entry | None, device: torch.device, *, moves_counters: bool) -> Entry:
-    """Return a low-rank entry with the saved values and dtypes; live factors stay the same objects.
+    """Return a parameter's state with the saved values and dtypes; live factors stay the same objects.
 
-    Scalar counters stay where they were saved, as torch keeps them, unless the base wants them on the device (fused and
-    capturable ones do).
+    "step" stays where it was saved, as torch keeps it, unless the base wants it on the device (fused and capturable
+    ones do).
     """
     entry: Entry = _to_device(saved, device, moves_counters)
-    for key in ("A", "B"):
-        if live is not None and is_low_rank(live) and live[key].shape == saved[key].shape:
+    for key in ("A", "B") if is_low_rank(saved) else ():
+        if is_low_rank(live) and live[key].shape == saved[key].shape:
             live[key].data.copy_(saved[key])
             entry[key] = live[key]
         else:
@@ -164,11 +164,13 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
             )
 
 
-def _to_device(value: Any, device: torch.device, moves_counters: bool) -> Any:
+def _to_device(value: Any, device: torch.device, moves_counters: bool, key: str = "") -> Any:
     """Copy a nested state, keeping every dtype."""
     if isinstance(value, dict):
-        return {key: _to_device(item, device, moves_counters) for key, item in value.items()}
+        return {name: _to_device(item, device, moves_counters, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_to_device(item, device, moves_counters) for item in value]
     if isinstance(value, Tensor):
-        moves = moves_counters or value.dim() > 0
+        moves = moves_counters or key != "step"
         return value.detach().to(device, copy=True) if moves else value.detach().clone()
     return value
