@@ -16,7 +16,7 @@ weight.py, schedule.py and prune.py, the layout of the state in state.py, the ba
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -100,6 +100,7 @@ class ReLoRAOptimizer(Optimizer):
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     _last_lr: list[float]
+    _fresh: Collection[str] | None  # what set_clock said
     _is_built = True  # False inside __init__
 
     def __init__(
@@ -190,6 +191,8 @@ class ReLoRAOptimizer(Optimizer):
         self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
+        else:
+            self._forget(self.selected if self._fresh is None else self._fresh)
         return result if self._passes_closure else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -375,11 +378,27 @@ class ReLoRAOptimizer(Optimizer):
         W: Tensor = self.state.get(parameter, {}).get("master", parameter)
         return (W - product(A, B, self._scale(selected)).view(W.shape)).to(parameter.dtype)
 
-    def set_clock(self, *, num_updates: int, num_restarts: int, last_restart: int) -> None:
+    @property
+    def clock(self) -> dict[str, Any]:
+        """The counters, and in `fresh` the low-rank weights of whose factors the base holds no state: for `set_clock`.
+
+        Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
+        """
+        fresh = [s.slot.name for s in self._selected() if not self.state.get(s.W, {}).get("A_state")]
+        counters: dict[str, Any] = {name: self.param_groups[0][name] for name in CLOCK}
+        return {**counters, "fresh": fresh if self.is_low_rank else []}
+
+    def set_clock(
+        self, *, num_updates: int, num_restarts: int, last_restart: int, fresh: Sequence[str] | None = None
+    ) -> None:
         """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
 
         `load_state_dict` sets them by itself; torch.distributed.checkpoint, which needs a template of the state
-        first, is what this is for.
+        first, is what this is for: keep `clock` beside its files, and give it back as `set_clock(**clock)`.
+
+        Args:
+            fresh: the names of the low-rank weights of whose factors the base holds no state; left out, all of them at
+                the switch, and none later.
 
         Raises:
             ValueError: where the optimizer holds state already, or the counters are impossible.
@@ -391,8 +410,14 @@ class ReLoRAOptimizer(Optimizer):
                 f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: "
                 "restarts lie between 0 and num_updates"
             )
+        if fresh is None:
+            fresh = self.selected if num_updates == last_restart and not num_restarts else ()
+        unknown = sorted({*fresh} - {*self.selected})
+        if unknown:
+            raise ValueError(f"fresh: {unknown} are no low-rank weights of this optimizer: construct it alike")
         for group in self.param_groups:
             group.update(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
+        self._fresh = fresh
         self._drafts.clear()
         self._changed()
 
@@ -450,6 +475,7 @@ class ReLoRAOptimizer(Optimizer):
         """Set what no checkpoint, copy or pickle holds."""
         self._inner = inner.Inner(self._base)
         self._drafts: dict[Tensor, Entry] = {}
+        self._fresh = None
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
         self._last_lr = []
         self.grad_norm = None
@@ -577,6 +603,12 @@ class ReLoRAOptimizer(Optimizer):
         for selected in self._selected():
             self.state.pop(selected.W, None)
         self._make_entries()
+
+    def _forget(self, names: Collection[str]) -> None:
+        """Take from the state what the phantom step has made up for the factors of these weights."""
+        for W, slot, _, _ in self._selected():
+            if slot.name in names and is_low_rank(self.state.get(W)):
+                self.state[W].update(A_state={}, B_state={})
 
     def _prune(self) -> None:
         """Prune the base's state of every factor, in place."""

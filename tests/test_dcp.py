@@ -1,0 +1,143 @@
+"""torch.distributed.checkpoint: its files of any moment load, and continuing from them is bitwise.
+
+It reads into a template: the state of a fresh optimizer after its phantom step. `set_clock(**clock)` gives the template
+the form of the saved moment, be it before the first step, in the warm start, at the switch, at a restart or while A is
+pointed.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from models import MLP, batch, differences, jagged_schedule, mlp, relora, selected_weights, snapshot, stepper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from relora_opt import ReLoRAOptimizer, prune
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+
+Made = tuple[MLP, ReLoRAOptimizer]
+CASES: dict[str, dict[str, Any]] = {
+    "AdamW": {"base": "AdamW"},
+    "magnitude": {"base": "AdamW", "prune": prune.magnitude(0.5)},
+    "cleared by a reset": {"base": "SGD", "dampening": 0.5},
+    "gradient": {"base": "AdamW", "init": "gradient"},
+    "gradient, cleared by a reset": {"base": "SGD", "dampening": 0.5, "init": "gradient"},
+}
+
+
+def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3) -> Made:
+    model, settings = mlp(dtype, seed=seed), dict(CASES[case])
+    # Of 3: the switch after 3, restarts after 7 and 11.
+    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=warm_start)
+    return model, relora(model, settings.pop("base"), schedule=schedule, max_grad_norm=0.5, **settings)
+
+
+def run(path: str, made: Made, first: int, last: int) -> dict[str, Any]:
+    model, optimizer = made
+    step = stepper(path, optimizer, model)
+    for u in range(first, last):
+        step(*batch(u, model.head.weight.dtype))
+    return snapshot(model, optimizer)
+
+
+def packed(made: Made, options: StateDictOptions) -> dict[str, Any]:
+    return {"model": made[0].state_dict(), "optimizer": get_optimizer_state_dict(*made, options=options)}
+
+
+@pytest.mark.parametrize(("warm_start", "is_flat"), [(3, False), (3, True), (0, True)])
+@pytest.mark.parametrize("path", ["dense", "functional"])
+@pytest.mark.parametrize("case", CASES)
+def test_continuing_from_its_files_is_bitwise_at_every_moment(
+    case: str, path: str, is_flat: bool, warm_start: int, tmp_path: Path
+) -> None:
+    """The moments: before the first step, in the warm start, the switch, a sketch, mid-cycle, a restart, after it."""
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    made = build(case, torch.float32, warm_start=warm_start)
+    last = 0
+    for stop in (0, 2, 3, 4, 5, 7, 8):
+        if stop:
+            run(path, made, last, stop)
+        last = stop
+        saved = packed(made, options)
+        dcp.save(saved, checkpoint_id=tmp_path / str(stop), no_dist=True)
+        clock, expected = made[1].clock, snapshot(*made)
+        resumed = build(case, torch.float32, seed=stop + 1, warm_start=warm_start)
+        resumed[1].set_clock(**clock)
+        template = packed(resumed, options)
+        dcp.load(template, checkpoint_id=tmp_path / str(stop), no_dist=True)
+        resumed[0].load_state_dict(template["model"])
+        set_optimizer_state_dict(*resumed, template["optimizer"], options=options)
+        assert resumed[1].clock == clock
+        assert not differences(snapshot(*resumed), expected), f"loading after update {stop}"
+        if stop in (0, 3, 5):  # the saved state is that of the updates up to here, and it goes on
+            twin = build(case, torch.float32, seed=stop + 1, warm_start=warm_start)
+            twin[0].load_state_dict(expected["model"])
+            twin[1].load_state_dict(expected["optimizer"])
+            assert not differences(run(path, resumed, stop, stop + 5), run(path, twin, stop, stop + 5))
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["nested", "flat"])
+def test_a_state_that_the_base_makes_when_it_is_built_is_there_at_the_switch(is_flat: bool, tmp_path: Path) -> None:
+    """Adagrad's accumulator starts from a number of its own."""
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    pair = []
+    for seed in (0, 1):
+        model = mlp(seed=seed)
+        base = functools.partial(torch.optim.Adagrad, lr=0.05, initial_accumulator_value=0.1)
+        schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=2)
+        pair.append((model, ReLoRAOptimizer(model, base, rank=2, schedule=schedule)))
+    made, resumed = pair
+    run("dense", made, 0, 2)
+    dcp.save(packed(made, options), checkpoint_id=tmp_path, no_dist=True)
+    resumed[1].set_clock(**made[1].clock)
+    template = packed(resumed, options)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    resumed[0].load_state_dict(template["model"])
+    set_optimizer_state_dict(*resumed, template["optimizer"], options=options)
+    assert not differences(run("dense", resumed, 2, 7), run("dense", made, 2, 7))
+
+
+def test_the_clock_is_plain_and_says_of_which_factors_the_base_knows_nothing() -> None:
+    model = mlp()
+    optimizer = relora(model, init="gradient", schedule=jagged_schedule(4, 2, 1))
+    seen = []
+    for u in range(5):
+        run("functional", (model, optimizer), u, u + 1)
+        seen.append(optimizer.clock)
+        assert json.loads(json.dumps(seen[-1])) == seen[-1]
+    weights = ["first.weight", "second.weight"]
+    assert [clock["fresh"] for clock in seen] == [weights, weights, weights, [], []]  # the switch, and two sketches
+    assert seen[4] == {"num_updates": 5, "num_restarts": 1, "last_restart": 5, "fresh": []}
+
+
+def test_without_fresh_the_clock_stands_as_a_state_of_that_many_updates_has_it() -> None:
+    for num_updates, last_restart, has_state in ((3, 3, False), (5, 3, True), (7, 7, True)):
+        model, optimizer = build("AdamW", torch.float32)
+        num_restarts = int(last_restart > 3)
+        optimizer.set_clock(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
+        get_optimizer_state_dict(model, optimizer)  # makes the state
+        for weight in selected_weights(model).values():
+            assert bool(optimizer.state[weight]["A_state"]) == has_state
+
+
+def test_the_phantom_step_makes_up_nothing_for_factors_that_have_made_no_update() -> None:
+    """Momentum of zeros is not the momentum of a first update under dampening; torch's own SGD is left with it."""
+    runs = []
+    for has_phantom in (True, False):
+        made = build("cleared by a reset", torch.float32, warm_start=0)
+        if has_phantom:
+            get_optimizer_state_dict(*made)
+            for weight in selected_weights(made[0]).values():
+                assert made[1].state[weight]["A_state"] == {}
+        run("dense", made, 0, 1)
+        runs.append({name: made[1].factors(weight) for name, weight in selected_weights(made[0]).items()})
+    assert not differences(*runs)
