@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from relora_opt_cli.bases import MATRICES, muon_beside_adamw
 from relora_opt_cli.config import parse_prune
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, prune
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, muon_beside_adamw, prune
 
 Settings = dict[str, Any]
 BETAS = (0.9, 0.95)
@@ -91,8 +90,8 @@ class MuonDense(Dense):
 
     def make(self, matrices: list[Tensor], rest: list[Tensor], settings: Settings, seed: int) -> Optimizer:
         groups = [
-            {"params": matrices, "lr": settings["lr"], MATRICES: True},
-            {"params": rest, "lr": settings["rest_lr"], MATRICES: False},
+            {"params": matrices, "lr": settings["lr"], "is_matrices": True},
+            {"params": rest, "lr": settings["rest_lr"], "is_matrices": False},
         ]
         return _muon(groups)
 
@@ -182,8 +181,8 @@ class ReLoRA(Trainer):
         base = settings.pop("base", "adamw")
         matrices = [(name, p) for name, p in model.named_parameters() if is_matrix(name)]
         rest = [(name, p) for name, p in model.named_parameters() if not is_matrix(name)]
-        low_rank = {"rank": settings.pop("rank"), "lr": lr, MATRICES: True}
-        groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, MATRICES: False}]
+        low_rank = {"rank": settings.pop("rank"), "lr": lr, "is_matrices": True}
+        groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, "is_matrices": False}]
         super().__init__(model)
         self.optimizer = ReLoRAOptimizer(
             groups,

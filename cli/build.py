@@ -15,7 +15,7 @@ from torch import nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, target_names, wsd
 
-from .bases import MATRICES, base_optimizer
+from .bases import base_optimizer
 from .config import Config, UserError, parse_prune
 from .data import Corpus
 from .export import MODEL_CONFIG
@@ -100,9 +100,9 @@ def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     dense = [name for name in matrices if name not in low_rank]
     rest = [name for name in parameters if name not in matrices]
     groups = (
-        (low_rank, {"rank": config.rank, "lr": config.lr, MATRICES: True}),
-        (dense, {"rank": 0, "lr": config.lr, MATRICES: True}),
-        (rest, {"rank": 0, "lr": config.rest_lr, MATRICES: False}),
+        (low_rank, {"rank": config.rank, "lr": config.lr, "is_matrices": True}),
+        (dense, {"rank": 0, "lr": config.lr, "is_matrices": True}),
+        (rest, {"rank": 0, "lr": config.rest_lr, "is_matrices": False}),
     )
     return [{"params": [(name, parameters[name]) for name in names], **own} for names, own in groups if names]
 

@@ -4,6 +4,7 @@ Source: Lialin et al. 2023, "Stack More Layers Differently", arXiv 2307.05695.
 """
 
 from . import prune
+from .bases import muon_beside_adamw
 from .export import save_merged
 from .metrics import Memory, memory
 from .optimizer import ReLoRAOptimizer
@@ -26,6 +27,7 @@ __all__ = [
     "default_targets",
     "linear",
     "memory",
+    "muon_beside_adamw",
     "prune",
     "save_merged",
     "target_names",

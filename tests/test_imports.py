@@ -26,11 +26,12 @@ ROOMS: dict[str, set[str]] = {
     "gradients": {"state", "weight"},
     "inner": {"state"},
     "pointing": {"state"},
+    "bases": {"inner"},
     "optimizer": {"factors", "schedule", "prune", "select", "state", "gradients", "inner", "pointing"},
     "step": {"select", "weight"},
     "metrics": {"optimizer", "state"},
     "export": {"select"},
-    "__init__": {"prune", "export", "metrics", "optimizer", "schedule", "select", "step", "weight"},
+    "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "weight"},
 }
 # Methods that make an object of the room above import it when they are called.
 CALLED_LATE = {("optimizer", "step")}
