@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .prune import is_low_bit
 from .state import is_low_rank
 
 Group = dict[str, Any]
@@ -44,6 +45,10 @@ class Base:
     def kind(self) -> object:
         """The optimizer's class, where the factory shows it."""
         return self.factory.func if isinstance(self.factory, partial) else self.factory
+
+    @property
+    def name(self) -> str:
+        return getattr(self.kind, "__name__", repr(self.kind))
 
     def build(self, groups: list[Group]) -> Optimizer:
         """Return the base optimizer over these groups, one of its groups for each of them.
@@ -189,6 +194,15 @@ def _trial_update(base: Base, group: Group, gradient: Tensor) -> Tensor:
     return scratch
 
 
+def used_state(base: Base, group: Group, factor: Tensor) -> State:
+    """Return what the base keeps of a tensor like `factor`, on its device, after one update."""
+    scratch = torch.zeros_like(factor)
+    optimizer = base.build([{**group, "params": [scratch], "lr": 0.01}])
+    scratch.grad = torch.ones_like(scratch)
+    step(optimizer)
+    return dict(optimizer.state[scratch])
+
+
 class FreshState:
     """What a fresh base optimizer's state of one factor is, found by trying it.
 
@@ -224,6 +238,8 @@ class FreshState:
         used_base, fresh_base = self._build(used), self._build(fresh)
         used.grad = gradients[0]
         step(used_base)
+        if any(is_low_bit(value) for value in used_base.state[used].values()):
+            return False  # its codes may have none for 0
         used.copy_(start)
         _zero_(used_base.state[used])
         for gradient in gradients[1:]:

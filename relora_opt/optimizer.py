@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, pointing
 from . import prune as pruning
-from .factors import INITS, draw_a, draw_generator, matrix_shape, product
+from .factors import INITS, draw_a, draw_generator, factor_dtype, matrix_shape, product
 from .schedule import JaggedSchedule
 from .select import MATCHED, LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
 from .state import (
@@ -150,6 +150,7 @@ class ReLoRAOptimizer(Optimizer):
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
+        self._check_prunable(self.param_groups)
         self._is_built = True
 
     # The contract of torch.optim.Optimizer
@@ -224,6 +225,7 @@ class ReLoRAOptimizer(Optimizer):
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
+            self._check_prunable(self.param_groups[num_groups:])
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
             raise
@@ -609,6 +611,18 @@ class ReLoRAOptimizer(Optimizer):
         for W, slot, _, _ in self._selected():
             if slot.name in names and is_low_rank(self.state.get(W)):
                 self.state[W].update(A_state={}, B_state={})
+
+    def _check_prunable(self, groups: Iterable[Group]) -> None:
+        """Refuse a strategy that could not prune what the base will keep of the factors, by trying the base."""
+        seen: set[tuple[int, torch.Size]] = set()
+        for W, slot, group, number in self._selected(groups) if pruning.masks(self.prune) else ():
+            *stacked, m, n = matrix_shape(W, is_batch=slot.is_batch)
+            for shape in ((*stacked, group["rank"], n), (*stacked, m, group["rank"])):
+                factor = torch.empty(shape, dtype=factor_dtype(W.dtype), device="cpu" if W.is_meta else W.device)
+                if (number, factor.shape) not in seen:
+                    seen.add((number, factor.shape))
+                    state = inner.used_state(self._base, self._options[number], factor)
+                    pruning.check_maskable(state, factor.shape, self.prune, self._base.name)
 
     def _prune(self) -> None:
         """Prune the base's state of every factor, in place."""

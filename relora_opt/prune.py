@@ -11,6 +11,9 @@ is the first of them in alphabetical order (Adam's exp_avg, SGD's momentum_buffe
 (Adafactor's rows and columns) cannot be masked by element and is reset as a whole. What is forgotten becomes zero:
 where another value is the natural one (Rprop's step sizes), choose reset or keep.
 
+Low-bit states are masked by value, where their tensors say what it is (torchao's do). Bare codes (bitsandbytes') are
+refused: code 0 is not the value 0, but near the block's negative maximum.
+
 Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (optimizer resets).
 """
 
@@ -91,19 +94,56 @@ def prune_(
         reset_: what makes this state a fresh base optimizer's, in place.
         generator: what `random` draws from.
     """
-    moments = [state[key] for key in sorted(state) if isinstance(state[key], Tensor) and state[key].shape == shape]
+    moments = list(_moments(state, shape).values())
     if isinstance(strategy, Keep) or not state:
         return
     if isinstance(strategy, Reset) or not moments:
         reset_(state)
         return
     if isinstance(strategy, Magnitude):
-        scores = moments[0].detach().abs()
+        scores = _value(moments[0]).detach().abs()
     else:
         scores = torch.rand(shape, generator=generator).to(moments[0].device)
     kept = _largest(scores, shape.numel() - round(strategy.ratio * shape.numel()))
     for moment in moments:
-        moment.mul_(kept.to(moment.dtype))
+        moment.copy_(_value(moment) * kept)
+
+
+def check_maskable(state: State, shape: torch.Size, strategy: Strategy, base: str) -> None:
+    """Refuse a strategy that masks for a state whose values are not to be had.
+
+    Args:
+        state: what the base optimizer, which is called `base`, keeps of a factor of this shape.
+
+    Raises:
+        ValueError: names the base and the tensor.
+    """
+    for key, moment in _moments(state, shape).items():
+        if not moment.is_floating_point():
+            raise ValueError(
+                f"prune={strategy}: {base} keeps {key} in {moment.dtype} codes, of which 0 is not the value 0: use "
+                "prune.reset() or prune.keep(), or a base with 32-bit states"
+            )
+
+
+def masks(strategy: Strategy) -> bool:
+    """Say whether a strategy forgets some elements of a state and keeps others."""
+    return isinstance(strategy, (Magnitude, Random))
+
+
+def is_low_bit(tensor: object) -> bool:
+    """Say whether a tensor holds codes and knows their values (torchao's states are of such classes)."""
+    return isinstance(tensor, Tensor) and type(tensor).dequantize is not Tensor.dequantize
+
+
+def _moments(state: State, shape: torch.Size) -> dict[str, Tensor]:
+    """Return the tensors of a state that have their factor's shape, in alphabetical order."""
+    tensors = {key: state[key] for key in sorted(state) if isinstance(state[key], Tensor)}
+    return {key: tensor for key, tensor in tensors.items() if tensor.shape == shape}
+
+
+def _value(moment: Tensor) -> Tensor:
+    return moment.dequantize() if is_low_bit(moment) else moment
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

@@ -170,6 +170,10 @@ def _to_device(value: Any, device: torch.device, moves_counters: bool, key: str 
         return {name: _to_device(item, device, moves_counters, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_to_device(item, device, moves_counters) for item in value]
+    if hasattr(value, "__tensor_flatten__"):  # made of tensors; torchao's low-bit ones cannot be cloned as a whole
+        names, context = value.__tensor_flatten__()
+        parts = {name: _to_device(getattr(value, name), device, moves_counters) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
     if isinstance(value, Tensor):
         moves = moves_counters or key != "step"
         return value.detach().to(device, copy=True) if moves else value.detach().clone()

@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "select": {"factors"},
     "state": {"factors", "select"},
     "gradients": {"state", "weight"},
-    "inner": {"state"},
+    "inner": {"prune", "state"},
     "pointing": {"state"},
     "bases": {"inner"},
     "optimizer": {"factors", "schedule", "prune", "select", "state", "gradients", "inner", "pointing"},
