@@ -229,6 +229,8 @@ class ReLoRAOptimizer(Optimizer):
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
             raise
+        if self.state:
+            self._make_entries()  # what is saved before its first update has its factors
         self._changed()
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,10 +409,10 @@ class ReLoRAOptimizer(Optimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        if not 0 <= last_restart <= num_updates or not 0 <= num_restarts <= num_updates:
+        if not 0 <= last_restart <= num_updates or num_restarts < 0:
             raise ValueError(
-                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: "
-                "restarts lie between 0 and num_updates"
+                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: none is "
+                "negative, and last_restart lies between 0 and num_updates"
             )
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()
