@@ -270,7 +270,7 @@ class ReLoRAOptimizer(Optimizer):
                 saved = state_dict["state"].get(index)
                 if saved is not None:
                     on_device = bool(group.get("fused") or group.get("capturable"))
-                    self.state[W] = loaded(saved, live.get(W), W.device, moves_counters=on_device)
+                    self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device)
         for group in self.param_groups:
             group.setdefault("pointing", 0)  # of a state saved before there was pointing
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
