@@ -38,8 +38,11 @@ class Base:
         if isinstance(self.factory, Optimizer):
             name = type(self.factory).__name__
             raise TypeError(f"base is an instance of {name}: pass the class itself, with its arguments by keyword")
-        if not callable(self.factory):
+        if not callable(self.factory) or (isinstance(self.factory, type) and not issubclass(self.factory, Optimizer)):
             raise TypeError(f"base={self.factory!r} must be an optimizer class or a factory: torch.optim.AdamW, say")
+        lr = self.options.get("lr", 0.0)
+        if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
+            raise TypeError(f"lr={lr!r} must be a number, or a tensor of one")
 
     @property
     def kind(self) -> object:

@@ -123,8 +123,10 @@ class ReLoRAOptimizer(Optimizer):
             raise TypeError(f"{theirs}={options[theirs]!r} is PEFT's name: here it is {_PEFT_NAMES[theirs]}=")
         if init not in INITS:
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm} must be positive: None leaves gradients alone")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number: None leaves gradients alone")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r} must be a whole number: every draw is keyed by it")
         self.schedule = JaggedSchedule(1000, restart_warmup=50) if schedule is None else schedule
         self.init, self.max_grad_norm, self.seed = init, max_grad_norm, seed
         self.prune = pruning.reset() if prune is None else prune
@@ -165,6 +167,8 @@ class ReLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: for factor gradients of the functional path under a GradScaler.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
         self._restore_models()
         loss = None
         if closure is not None and not self._passes_closure:
@@ -214,6 +218,8 @@ class ReLoRAOptimizer(Optimizer):
         if not self._is_built:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
             return
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}: give a dictionary with params")
         param_group = {
             key: value for key, value in param_group.items() if key not in ("scale", "pointing", *new_clock())
         }
@@ -409,10 +415,12 @@ class ReLoRAOptimizer(Optimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        if not 0 <= last_restart <= num_updates or num_restarts < 0:
+        counters = (num_updates, num_restarts, last_restart)
+        are_whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counters)
+        if not are_whole or last_restart > num_updates:
             raise ValueError(
-                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: none is "
-                "negative, and last_restart lies between 0 and num_updates"
+                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: they must be "
+                "whole numbers, 0 or more, with last_restart between 0 and num_updates"
             )
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()

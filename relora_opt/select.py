@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -207,7 +207,7 @@ class _Choice:
         if self._unmatched:
             raise ValueError(
                 f"targets: {sorted(self._unmatched)} match no parameter of two or more dimensions; "
-                f"there are {', '.join(self._seen[:5])}{', ...' if len(self._seen) > 5 else ''}"
+                f"there are {', '.join(self._seen[:5]) or 'none'}{', ...' if len(self._seen) > 5 else ''}"
             )
 
 
@@ -271,12 +271,18 @@ def _raw_groups(params: Params, *, first_number: int = 0) -> list[dict[str, Any]
         raise ValueError("params is empty: there is nothing to optimize")
     numbers = count(first_number)
     if all(isinstance(item, Mapping) for item in items):
+        for item in items:
+            if "params" not in item:
+                raise ValueError(f"a group has {sorted(item)} and no params: give it its parameters")
         return [{**item, "params": _pairs(item["params"], numbers)} for item in items]
     return [{"params": _pairs(items, numbers)}]
 
 
 def _pairs(items: Any, numbers: Iterator[int]) -> list[tuple[str, Tensor]]:
     pairs: list[tuple[str, Tensor]] = []
+    names: dict[int, str] = {}
+    if isinstance(items, Set):
+        raise TypeError("params is a set, which has no order: give a list")
     for item in [items] if isinstance(items, Tensor) else items:
         name, parameter = item if isinstance(item, tuple) else (None, item)
         if not isinstance(parameter, Tensor):
@@ -284,7 +290,11 @@ def _pairs(items: Any, numbers: Iterator[int]) -> list[tuple[str, Tensor]]:
                 f"params holds a {type(parameter).__name__}: parameters or (name, parameter) pairs go there"
             )
         number = next(numbers)
-        pairs.append((f"param{number}" if name is None else canonical_name(name), parameter))
+        name = f"param{number}" if name is None else canonical_name(name)
+        if id(parameter) in names:
+            raise ValueError(f"{names[id(parameter)]} and {name} are the same parameter: give it once")
+        names[id(parameter)] = name
+        pairs.append((name, parameter))
     return pairs
 
 

@@ -143,6 +143,8 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
         ValueError: for another optimizer's state, an unknown format, other ranks or shapes, groups that disagree, or
             counters that disagree with the state (past the switch without factors, or before it with them).
     """
+    if not isinstance(saved, dict):
+        raise TypeError(f"state_dict is a {type(saved).__name__}: it must be what optimizer.state_dict() gave")
     if not {"state", "param_groups"} <= saved.keys():
         raise ValueError(f"state_dict holds {sorted(saved)}: it must be what optimizer.state_dict() gave")
     _check_groups(saved["param_groups"], groups)

@@ -173,6 +173,7 @@ class Step:
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate={accumulate!r} must be a whole number of micro-batches, 1 or more")
+        _check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
         self.optimizer, self.accumulate, self.skip_nonfinite, self.has_aux = (
@@ -265,7 +266,13 @@ def _split(result: Any, *, has_aux: bool) -> tuple[Tensor, Any]:
     return loss, aux
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be the nn.Module that the optimizer trains")
+
+
 def _check_model(model: nn.Module, known: set[int]) -> None:
+    _check_module(model)
     parameters = dict(model.named_parameters())
     if not known & {id(p) for p in parameters.values()}:
         while isinstance(model, (_Loss, _WithBackward)):  # what a Step wraps around the caller's

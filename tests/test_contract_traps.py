@@ -115,6 +115,25 @@ def test_a_state_of_32_bits_gives_a_16_bit_model_its_masters() -> None:
         assert not torch.equal(master, weight.float()), name
 
 
+def test_a_group_that_is_saved_before_its_first_update_continues_bitwise() -> None:
+    def build(seed: int) -> tuple[nn.Module, ReLoRAOptimizer]:
+        model = mlp(seed=seed)
+        named = [(name, p) for name, p in model.named_parameters() if not name.startswith("second")]
+        return model, relora(named, targets=["first.weight", "second.weight"], schedule=JaggedSchedule(4))
+
+    model, optimizer = build(0)
+    train(model, optimizer, 0, 2)
+    optimizer.add_param_group({"params": [("second.weight", model.second.weight)]})
+    saved = snapshot(model, optimizer)
+    resumed, fresh = build(1)
+    fresh.add_param_group({"params": [("second.weight", resumed.second.weight)]})
+    resumed.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    train(model, optimizer, 2, 6)
+    train(resumed, fresh, 2, 6)
+    assert not differences(snapshot(resumed, fresh), snapshot(model, optimizer))
+
+
 # ---- hooks
 
 

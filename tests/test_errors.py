@@ -12,6 +12,7 @@ from torch import nn
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, save_merged, target_names, wsd
 
 AdamW = torch.optim.AdamW
+WEIGHT = nn.Parameter(torch.ones(3, 4))
 
 
 class Mistake(NamedTuple):
@@ -96,6 +97,10 @@ MISTAKES = {
     "lr infinite": Mistake(lambda: low_rank(lr=math.inf), ValueError, "lr=inf", "must be a finite number"),
     "max_grad_norm 0": Mistake(lambda: low_rank(max_grad_norm=0.0), ValueError, "max_grad_norm=0.0", "None leaves"),
     "max_grad_norm nan": Mistake(lambda: low_rank(max_grad_norm=math.nan), ValueError, "max_grad_norm=nan", "positive"),
+    "max_grad_norm in words": Mistake(lambda: low_rank(max_grad_norm="1"), ValueError, "max_grad_norm='1'", "positive"),
+    "lr in words": Mistake(lambda: low_rank(lr="0.1"), TypeError, "lr='0.1'", "must be a number"),
+    "lr None": Mistake(lambda: low_rank(lr=None), TypeError, "lr=None", "must be a number"),
+    "seed half": Mistake(lambda: low_rank(seed=0.5), TypeError, "seed=0.5", "a whole number"),
     # what is selected
     "targets unmatched": Mistake(lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "there are stem.weight"),
     "targets no regex": Mistake(
@@ -116,6 +121,27 @@ MISTAKES = {
     "a number": Mistake(lambda: low_rank(5), TypeError, "params=5", "pass a module"),
     "names for parameters": Mistake(lambda: low_rank(["first"]), TypeError, "a str", "parameters or (name, parameter)"),
     "names twice": Mistake(lambda: low_rank([("a", "b")]), TypeError, "a str", "parameters or (name, parameter)"),
+    "a set": Mistake(lambda: low_rank([{"params": set(mlp().parameters())}]), TypeError, "a set", "give a list"),
+    "a parameter twice": Mistake(
+        lambda: low_rank([("a", WEIGHT), ("b", WEIGHT)], targets=["a"]), ValueError, "a and b", "give it once"
+    ),
+    "a group without parameters": Mistake(lambda: low_rank([{"lr": 0.1}]), ValueError, "['lr']", "give it its param"),
+    "a parameter of integers": Mistake(
+        lambda: low_rank([("a", torch.ones(3, 3, dtype=torch.int64))], targets=["a"]), ValueError, "['a']", "none"
+    ),
+    "added, a list": Mistake(lambda: used().add_param_group([WEIGHT]), TypeError, "a list", "a dictionary with params"),
+    "added, without parameters": Mistake(
+        lambda: used().add_param_group({"rank": 2}), ValueError, "['rank']", "give it its parameters"
+    ),
+    "added, rank too large": Mistake(
+        lambda: used().add_param_group({"params": [("first.weight", WEIGHT)], "rank": 3}),
+        ValueError,
+        "rank=3",
+        "lower rank",
+    ),
+    "added, rate": Mistake(
+        lambda: used().add_param_group({"params": [WEIGHT], "rank": 0, "lr": math.nan}), ValueError, "lr=nan", "finite"
+    ),
     # the base, the schedule and the rest
     "base by name": Mistake(lambda: low_rank(base="adamw"), TypeError, "base='adamw'", "torch.optim.AdamW, say"),
     "base an instance": Mistake(
@@ -124,6 +150,18 @@ MISTAKES = {
     "differentiable": Mistake(
         lambda: low_rank(differentiable=True), ValueError, "differentiable=True", "not supported"
     ),
+    "base another class": Mistake(lambda: low_rank(base=nn.Linear), TypeError, "Linear", "torch.optim.AdamW, say"),
+    "differentiable in a group": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "differentiable": True}]),
+        ValueError,
+        "differentiable=True",
+        "not supported",
+    ),
+    "LBFGS with factors": Mistake(lambda: low_rank(base=torch.optim.LBFGS), ValueError, "LBFGS", "with rank=0"),
+    "LBFGS with clipping": Mistake(
+        lambda: low_rank(base=torch.optim.LBFGS, rank=0, max_grad_norm=1.0), ValueError, "LBFGS", "max_grad_norm=None"
+    ),
+    "sparse gradients": Mistake(lambda: low_rank(base=torch.optim.SparseAdam), ValueError, "SparseAdam", "with rank=0"),
     "init": Mistake(lambda: low_rank(init="zeros"), ValueError, "init='zeros'", "choose one of kaiming, orthogonal"),
     "prune by name": Mistake(lambda: low_rank(prune="reset"), TypeError, "prune='reset'", "prune.reset(), say"),
     "schedule a function": Mistake(lambda: low_rank(schedule=constant()), TypeError, "schedule=", "JaggedSchedule"),
@@ -164,6 +202,22 @@ MISTAKES = {
         "last_restart=2",
         "between 0 and num_updates",
     ),
+    "clock in halves": Mistake(
+        lambda: relora(mlp()).set_clock(num_updates=1.5, num_restarts=0, last_restart=0),
+        ValueError,
+        "num_updates=1.5",
+        "whole numbers",
+    ),
+    "clock of other weights": Mistake(
+        lambda: relora(mlp()).set_clock(num_updates=1, num_restarts=0, last_restart=0, fresh=["third.weight"]),
+        ValueError,
+        "['third.weight']",
+        "construct it alike",
+    ),
+    "closure no function": Mistake(lambda: relora(mlp()).step(5), TypeError, "closure=5", "must be callable"),
+    "state no dictionary": Mistake(
+        lambda: relora(mlp()).load_state_dict(None), TypeError, "a NoneType", "must be what"
+    ),
     "another optimizer's state": Mistake(
         lambda: relora(mlp()).load_state_dict(AdamW(mlp().parameters()).state_dict()),
         ValueError,
@@ -200,6 +254,8 @@ MISTAKES = {
     "a stranger's model": Mistake(
         lambda: relora(mlp()).functional(nn.Linear(2, 2)), ValueError, "Linear", "pass the model it trains"
     ),
+    "no model": Mistake(lambda: relora(mlp()).functional(None), TypeError, "model=None", "must be the nn.Module"),
+    "no model to step": Mistake(lambda: relora(mlp()).make_step(None, mse), TypeError, "model=None", "the nn.Module"),
     "accumulate 0": Mistake(lambda: stepped_with_loss(mse, accumulate=0), ValueError, "accumulate=0", "1 or more"),
     "loss_fn no function": Mistake(lambda: stepped_with_loss(3), TypeError, "loss_fn=3", "must be callable"),
     "loss no scalar": Mistake(
