@@ -22,7 +22,7 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer
 DOUBLE = torch.float64
 ALONE = (torch.optim.LBFGS, torch.optim.SparseAdam)  # they work with nothing selected
 DENSE = [case for case in cases() if case.optimizer not in ALONE]
-SCHEDULE = JaggedSchedule(4, restart_warmup=2, warm_start=2)  # a switch after 2, restarts after 6 and 10
+SCHEDULE = JaggedSchedule(4, restart_warmup=2, warm_start=2)  # a switch after 2, a restart after 6
 
 each_case = pytest.mark.parametrize("case", DENSE, ids=str)
 each_closure_case = pytest.mark.parametrize("case", [c for c in cases() if c.optimizer is torch.optim.LBFGS], ids=str)
@@ -126,7 +126,7 @@ def test_with_nothing_selected_sparse_adam_is_the_base_bitwise(case: Case) -> No
 
 @each_case
 def test_with_weights_selected_both_paths_agree_and_move_the_weights(case: Case) -> None:
-    """Across the switch and two restarts. To 1e-9 in float64: sums of a few dozen products in another order, which
+    """Across the switch and a restart. To 1e-9 in float64: sums of a few dozen products in another order, which
     optimizers that divide by a root of a small second moment enlarge."""
     models = []
     for path in ("dense", "functional"):
@@ -134,10 +134,10 @@ def test_with_weights_selected_both_paths_agree_and_move_the_weights(case: Case)
         optimizer = wrapped(case, model)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         step = stepper(path, optimizer, model)
-        for u in range(12):
+        for u in range(8):
             step(*batch(u, DOUBLE))
-            assert all(p.isfinite().all() for p in model.parameters()), f"update {u}"
-        assert (optimizer.num_updates, optimizer.num_restarts) == (12, 2)
+        assert (optimizer.num_updates, optimizer.num_restarts) == (8, 1)
+        assert all(p.isfinite().all() for p in model.parameters())
         assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
         models.append(model.state_dict())
     for name, value in models[0].items():
