@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "pointing": {"state"},
     "bases": {"inner"},
     "optimizer": {"factors", "schedule", "prune", "select", "state", "gradients", "inner", "pointing"},
-    "step": {"select", "weight"},
+    "step": {"gradients", "select", "weight"},
     "metrics": {"optimizer", "state"},
     "export": {"select"},
     "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "weight"},
