@@ -63,6 +63,11 @@ class LowRankWeight(Tensor):
         product = _as_linear(func, args, kwargs)
         if product is not None:
             return _linear(*product)
+        if torch.is_grad_enabled() and _is_in_place(func) and isinstance(args[0], cls):
+            raise RuntimeError(
+                f"{func.__name__} changes a low-rank weight in place with gradients enabled, which would drop its "
+                "factors' gradients: do it under torch.no_grad(), as torch asks of every parameter"
+            )
         args, kwargs = pytree.tree_map_only(LowRankWeight, _universal, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -84,7 +89,8 @@ class _Projected(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(A, B)
         ctx.scale = scale
-        return W.view_as(W)
+        # No view that autograd tracks: an embedding with max_norm changes its weight in place, outside autograd.
+        return W.detach()
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor, None]:  # type: ignore[override]
@@ -201,6 +207,14 @@ def _is_matrix_transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return len(args) == 1 or tuple(sorted(dim % 2 for dim in args[1:])) == (0, 1)
 
 
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    """Say whether a function writes to its first argument, by torch's convention for the names of such functions."""
+    name = func.__name__
+    is_method = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_")
+    return is_method or name in _IN_PLACE_OPERATORS
+
+
+_IN_PLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _MMS = (torch.mm, Tensor.mm)
 _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)

@@ -285,3 +285,47 @@ def test_what_a_base_counts_in_its_groups_is_kept_and_saved(rank: int) -> None:
     assert {group["k"] for group in optimizer.state_dict()["param_groups"]} == {5}
     if rank == 0:
         assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+class Bounded(nn.Module):
+    """A table that its own forward pass normalises in place, and a layer that clips its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 5, max_norm=0.5)
+        self.bag = nn.EmbeddingBag(9, 5, max_norm=0.5, mode="sum")
+        self.clipped = nn.Linear(5, 4, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.clipped.weight.clamp_(-0.3, 0.3)
+        return self.clipped(self.table(ids) + self.bag(ids)[:, None])
+
+
+def test_a_forward_pass_that_changes_its_weights_outside_autograd_trains_as_densely() -> None:
+    torch.manual_seed(0)
+    ours = Bounded().double()
+    theirs = copy.deepcopy(ours)
+    targets = ["table", "bag", "clipped"]
+    functional, dense = small(ours, targets=targets), small(theirs, targets=targets)
+    ids = torch.tensor([[0, 3, 3], [8, 1, 0]])
+    for call, optimizer in ((functional.functional(ours), functional), (theirs, dense)):
+        for _ in range(3):
+            call(ids).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=name)  # float64, two orders of summing
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.mul_(2), lambda w: w.__imul__(2), lambda w: w.__setitem__(0, 1.0), torch.relu_]
+)
+def test_a_weight_that_is_changed_in_place_with_gradients_enabled_is_refused(change: Any) -> None:
+    model = nn.Linear(5, 4)
+    f = small(model).functional(model)
+    before = model.weight.detach().clone()
+    model.forward = lambda x: (change(model.weight), x)[1]  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"changes a low-rank weight in place.*do it under torch\.no_grad"):
+        f(torch.ones(2, 5))
+    assert torch.equal(model.weight, before)
