@@ -63,7 +63,7 @@ class LowRankWeight(Tensor):
         product = _as_linear(func, args, kwargs)
         if product is not None:
             return _linear(*product)
-        if torch.is_grad_enabled() and _is_in_place(func) and isinstance(args[0], cls):
+        if torch.is_grad_enabled() and func in _IN_PLACE and isinstance(args[0], cls):
             raise RuntimeError(
                 f"{func.__name__} changes a low-rank weight in place with gradients enabled, which would drop its "
                 "factors' gradients: do it under torch.no_grad(), as torch asks of every parameter"
@@ -207,14 +207,6 @@ def _is_matrix_transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return len(args) == 1 or tuple(sorted(dim % 2 for dim in args[1:])) == (0, 1)
 
 
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    """Say whether a function writes to its first argument, by torch's convention for the names of such functions."""
-    name = func.__name__
-    is_method = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_")
-    return is_method or name in _IN_PLACE_OPERATORS
-
-
-_IN_PLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__")
 _MMS = (torch.mm, Tensor.mm)
 _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)
@@ -225,6 +217,14 @@ _TRANSPOSES = (
     Tensor.transpose,
     Tensor.T.__get__,  # type: ignore[attr-defined]
     Tensor.mT.__get__,  # type: ignore[attr-defined]
+)
+# What writes to its first argument, by torch's convention for the names of such methods and operators.
+_IN_PLACE = frozenset(
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_"))
+    or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))
+    or name == "__setitem__"
 )
 _METADATA = (
     Tensor.shape.__get__,  # type: ignore[attr-defined]

@@ -319,7 +319,7 @@ def test_a_forward_pass_that_changes_its_weights_outside_autograd_trains_as_dens
 
 
 @pytest.mark.parametrize(
-    "change", [lambda w: w.mul_(2), lambda w: w.__imul__(2), lambda w: w.__setitem__(0, 1.0), torch.relu_]
+    "change", [lambda w: w.mul_(2), lambda w: w.__imul__(2), lambda w: w.__setitem__(0, 1.0), lambda w: w.relu_()]
 )
 def test_a_weight_that_is_changed_in_place_with_gradients_enabled_is_refused(change: Any) -> None:
     model = nn.Linear(5, 4)

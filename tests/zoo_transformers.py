@@ -45,7 +45,9 @@ def llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     sizes: dict[str, Any] = {"vocab_size": 31, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(**sizes, initializer_range=0.3, loss_type="ForCausalLM", bos_token_id=0, eos_token_id=0)
+    )
 
 
 def bert() -> nn.Module:
@@ -64,9 +66,7 @@ def vit() -> nn.Module:
 
 def mixtral() -> nn.Module:
     """Eager experts: transformers' grouped ones do not take float64."""
-    config = hf.MixtralConfig(
-        **SIZES, num_key_value_heads=1, num_local_experts=3, output_router_logits=True, experts_implementation="eager"
-    )
+    config = hf.MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=3, experts_implementation="eager")
     return hf.MixtralForCausalLM(config)
 
 
