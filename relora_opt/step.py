@@ -113,7 +113,8 @@ class FunctionalModel(nn.Module):
         """Put the low-rank weights into the model until the backward pass that has just reached it is over."""
         if not self._is_swapped:
             self._is_swapped = True
-            weights = self._weights()
+            with torch.enable_grad():  # which a backward pass is without
+                weights = self._weights()
             for place in self._places:
                 place.module._parameters[place.name] = weights[place.path]  # type: ignore[assignment]
             torch.autograd.Variable._execution_engine.queue_callback(self.restore)

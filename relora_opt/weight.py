@@ -6,8 +6,9 @@ scale s. An operation on it returns what the same operation on W returns, bitwis
     dA = s B^T G,   dB = s G A^T,   G = dL/dW.
 
 Products `x W^T`, however they are spelled, never form G: dB = s g^T (x A^T), dA = s (g B)^T x, with g = dL/dy. Any
-other operation goes through the universal function, which is W forward and projects the dense G backward; no
-operation ever sees the bare tensor, because it would drop the factors' gradients in silence.
+other operation goes through the universal function, which is W forward and projects the dense G backward. No operation
+ever sees the bare tensor, because it would drop the factors' gradients in silence: the `LowRankWeight` is itself an
+output of the universal function, for autograd functions and whatever else does not ask `__torch_function__`.
 
 This file does not know optimizers, modules or schedules. Source: Lialin et al. 2023, arXiv 2307.05695, eq. (1).
 """
@@ -41,7 +42,7 @@ class LowRankWeight(Tensor):
             B: (m, r) or (batch, m, r).
             scale: s = alpha / r.
         """
-        weight = W.detach().as_subclass(cls)
+        weight = _projected(W.detach(), A, B, scale).as_subclass(cls)
         weight.dense, weight.A, weight.B, weight.scale = W.detach(), A, B, scale
         return weight
 
@@ -233,6 +234,7 @@ _METADATA = (
     Tensor.layout.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     Tensor.size,
     Tensor.dim,
     Tensor.stride,

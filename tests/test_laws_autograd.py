@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from materialised import TOLERANCE, assert_equal_gradients, factor_gradients, oracle, sgd
 from models import DTYPES, MLP, PATHS, batch, mlp, mse, randomise_b, relora, selected_weights
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from relora_opt import ReLoRAOptimizer
 
@@ -183,3 +184,42 @@ def test_checkpointing_under_an_output_of_ones_own_type_is_exact(use_reentrant: 
     model, plain = Answering(use_reentrant), Answering(None)
     actual = factor_gradients("functional", model, sgd(model, TARGETS), loss_fn)
     assert_equal_gradients(actual, oracle(plain, sgd(plain, TARGETS), loss_fn))
+
+
+class Kernel(torch.autograd.Function):
+    """A linear map as somebody's kernel, which asks no `__torch_function__`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_an_autograd_function_of_a_weight_has_the_oracles_gradients_under_checkpointing(
+    path: str, use_reentrant: bool | None
+) -> None:
+    def loss_fn(call: Any) -> Tensor:
+        return mse(call, *batch(0, DOUBLE))
+
+    model, optimizer = model_and_sgd(use_reentrant)
+    model.second.forward = lambda x: Kernel.apply(x, model.second.weight)  # type: ignore[method-assign]
+    assert_equal_gradients(factor_gradients(path, model, optimizer, loss_fn), expected_gradients(loss_fn))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_weight_that_is_an_argument_of_a_checkpoint_has_the_oracles_gradients(path: str, use_reentrant: bool) -> None:
+    def loss_fn(call: Any) -> Tensor:
+        return mse(call, *batch(0, DOUBLE))
+
+    model, optimizer = model_and_sgd()
+    second = model.second
+    second.forward = lambda x: checkpoint(F.linear, x, second.weight, use_reentrant=use_reentrant)  # type: ignore
+    assert_equal_gradients(factor_gradients(path, model, optimizer, loss_fn), expected_gradients(loss_fn))

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from materialised import sgd
 from models import DTYPES, batch, jagged_schedule, mlp, mse, randomise_b, relora, selected_weights, stepper
+from test_laws_ops import MATRIX, Op
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -155,3 +157,22 @@ def test_the_compiled_step_with_activation_checkpointing_equals_the_eager_one_wi
             step(*batch(u, torch.float64))
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "function" in name else pytest.mark.slow) for name in MATRIX]
+)
+def test_a_compiled_expression_of_a_matrix_has_the_eager_factor_gradients(name: str) -> None:
+    """Some are fast tests: those whose function torch.compile does not send to `__torch_function__`."""
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Op((4, 5), MATRIX[name]).double()
+        optimizer = sgd(model, ["w"])
+        f = optimizer.functional(model)
+        (torch.compile(f, fullgraph=True) if compiled else f)(x).square().sum().backward()
+        gradients.append([factor.grad for factor in optimizer.factors(model.w)])
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
