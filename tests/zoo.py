@@ -140,8 +140,8 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(5, 4, num_layers=2, bidirectional=True, proj_size=3, dropout=0.2, batch_first=True)
-        self.gru = nn.GRU(6, 4, bias=False, batch_first=True)
+        self.lstm = nn.LSTM(5, 4, num_layers=2, bidirectional=True, dropout=0.2, batch_first=True)
+        self.gru = nn.GRU(8, 4, bias=False, batch_first=True)
         self.rnn = nn.RNN(4, 5, batch_first=True)
         self.cell, self.gru_cell = nn.LSTMCell(5, 4), nn.GRUCell(4, 3)
 

@@ -1,6 +1,7 @@
 """Tiny random models of transformers, one an architecture, built from configurations without a network."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def text(dtype: torch.dtype) -> Inputs:
     return {"input_ids": ids, "labels": ids}
 
 
+def embedded(dtype: torch.dtype) -> Inputs:
+    """Return text that is embedded already, so that it can have a gradient."""
+    vectors = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return {"inputs_embeds": vectors.to(dtype), "labels": text(dtype)["labels"]}
+
+
 def image(dtype: torch.dtype) -> Inputs:
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return {"pixel_values": pixels.to(dtype), "labels": torch.tensor([1, 3])}
@@ -45,9 +52,9 @@ def llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     sizes: dict[str, Any] = {"vocab_size": 31, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12}
-    return hf.GPT2LMHeadModel(
-        hf.GPT2Config(**sizes, initializer_range=0.3, loss_type="ForCausalLM", bos_token_id=0, eos_token_id=0)
-    )
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+    model.loss_type = "ForCausalLM"  # which is not in the name of its class, so transformers would log that it guesses
+    return model
 
 
 def bert() -> nn.Module:
@@ -64,10 +71,10 @@ def vit() -> nn.Module:
     return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5))
 
 
-def mixtral() -> nn.Module:
-    """Eager experts: transformers' grouped ones do not take float64."""
-    config = hf.MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=3, experts_implementation="eager")
-    return hf.MixtralForCausalLM(config)
+def mixtral(experts: str = "eager") -> nn.Module:
+    """Return a Mixtral; the default of transformers, grouped experts, does not take float64."""
+    sizes = {**SIZES, "intermediate_size": 16, "num_key_value_heads": 1, "num_local_experts": 3}  # rows of 16 bytes
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, experts_implementation=experts))
 
 
 def mamba() -> nn.Module:
@@ -99,14 +106,14 @@ def case(
     return Case(build, inputs, low_rank, loss=own_loss, **changes)
 
 
-LINEAR = r"(?<!^)(_proj|fc\d)\.weight$"
+EAGER_EXPERTS = "transformers' eager experts loop over those that were hit"
 TRANSFORMERS = {
     "Llama": case(llama, text, r"_proj\.weight", is_default=True),
     "GPT-2": case(gpt2, text, r"\.c_\w+\.weight", is_default=True),
     "BERT": case(bert, text, r"(query|key|value|dense)\.weight", is_default=True),
     "T5": case(t5, text, r"\.(q|k|v|o|wi|wo)\.weight", is_default=True),
     "ViT": case(vit, image, r"(_proj|fc\d)\.weight", is_default=True),
-    "Mixtral": case(mixtral, text, r"self_attn\.\w_proj\.weight", is_default=True),
+    "Mixtral": case(mixtral, text, r"self_attn\.\w_proj\.weight", is_default=True, eager_only=EAGER_EXPERTS),
     "Mamba": case(mamba, text, r"_proj\.weight", is_default=True),
     "Mamba2": case(mamba2, text, r"_proj\.weight", is_default=True),
     "Whisper": case(whisper, speech, r"(_proj|fc\d)\.weight", is_default=True),
@@ -116,8 +123,11 @@ TRANSFORMERS = {
     "BERT, all": case(bert, text, r"(query|key|value|dense|(word|position)_embeddings)\.weight"),
     "T5, all": case(t5, text, r"\.(q|k|v|o|wi|wo)\.weight|shared"),
     "ViT, all": case(vit, image, r"(_proj|fc\d|projection|classifier)\.weight"),
-    "Mixtral, all": case(mixtral, text, r"_proj|mlp\.gate\.weight|lm_head"),
+    "Mixtral, all": case(mixtral, text, r"_proj|mlp\.gate\.weight|lm_head", eager_only=EAGER_EXPERTS),
+    "Mixtral, batched": case(partial(mixtral, "batched_mm"), text, r"_proj"),
     "Mamba, all": case(mamba, text, r"_proj\.weight|A_log|conv1d\.weight|embeddings"),
     "Mamba2, all": case(mamba2, text, r"_proj\.weight|conv1d\.weight|embeddings|lm_head"),
     "Whisper, all": case(whisper, speech, r"(_proj|fc\d|conv\d|embed_tokens|decoder\.embed_positions)\.weight"),
 }
+# transformers' default experts, which take no float64: the eager ones are their oracle.
+GROUPED = case(partial(mixtral, "grouped_mm"), text, r"_proj")
