@@ -19,6 +19,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .factors import matrix_shape
 
@@ -103,8 +104,8 @@ def default_targets(model: nn.Module) -> list[str]:
     names = []
     parallel = parallel_paths(model)
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or not _is_linear(module) or not weight.requires_grad:
+        weight = module._parameters.get("weight") if _is_linear(module) else None
+        if weight is None or not weight.requires_grad:
             continue
         is_head = any(module is head for head in heads) or (not heads and path.rpartition(".")[2] in _HEAD_NAMES)
         if not is_head and owners[id(weight)] == 1:
@@ -238,11 +239,17 @@ def _split(group: dict[str, Any], low_rank: LowRank, chosen: _Choice) -> Iterato
 
 
 def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: _Choice, *, says_rank: bool) -> bool:
-    if parameter.dim() < 2 or not parameter.is_floating_point():
+    if is_lazy(parameter):
+        raise ValueError(f"{slot.name} has no shape yet: call the model on a batch before its optimizer is made")
+    if parameter.dim() < 2:
         return False
     is_explicit = says_rank if chosen.targets is None else chosen.takes(slot.name, parameter)
     is_default = chosen.targets is None and slot.name in chosen.defaults
     if settings.rank == 0 or not (is_explicit or is_default):
+        return False
+    if not parameter.is_floating_point():
+        if is_explicit:
+            raise ValueError(f"{slot.name} is named as low-rank but {parameter.dtype}: leave it out of targets")
         return False
     smaller = min(matrix_shape(parameter, is_batch=slot.is_batch)[-2:])
     if not is_explicit:
@@ -345,4 +352,4 @@ def _batch_ids(model: nn.Module) -> Iterator[int]:
     """Yield the ids of 3-D parameters that stack matrices: all but those of convolutions."""
     for module in model.modules():
         if not isinstance(module, _CONVOLUTIONS):
-            yield from (id(p) for p in module.parameters(recurse=False) if p.dim() == 3)
+            yield from (id(p) for p in module.parameters(recurse=False) if not is_lazy(p) and p.dim() == 3)

@@ -146,6 +146,9 @@ COMPILED = [(name, "aot_eager") for name, case in CASES.items() if not case.eage
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13's compiler uses what torch 2.13 deprecates
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
+)  # transformers' Mamba
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "backend"), [*COMPILED, *((name, "inductor") for name in WITH_INDUCTOR)])
 def test_the_compiled_step_trains_it_as_the_eager_one_does(

@@ -205,6 +205,24 @@ def test_a_named_frozen_weight_is_an_error() -> None:
         select(model, targets=["first"])
 
 
+def test_complex_weights_are_dense_by_default_and_an_error_when_named() -> None:
+    model = nn.ModuleDict({"real": nn.Linear(8, 8), "complex": nn.Linear(8, 8, dtype=torch.cfloat)})
+    assert select(model) == ["real.weight"]
+    for targets in (["complex"], lambda name, p: True):
+        with pytest.raises(
+            ValueError, match=r"complex\.weight is named as low-rank but torch\.complex64: leave it out"
+        ):
+            select(model, targets=targets)
+    with pytest.raises(ValueError, match=r"param0 is named as low-rank but torch\.complex64"):
+        ReLoRAOptimizer([{"params": [model["complex"].weight], "rank": 2}], AdamW)
+
+
+@pytest.mark.parametrize("targets", [None, ["1"]])
+def test_a_parameter_without_a_shape_is_an_error_that_names_it(targets: Any) -> None:
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: call the model on a batch before its optimizer"):
+        select(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8)), targets=targets)
+
+
 @pytest.mark.parametrize("options", [{"rank": 0}, {"targets": []}, {"targets": ()}, {"rank": 0, "targets": ["first"]}])
 def test_rank_0_and_no_targets_select_nothing(options: dict[str, Any]) -> None:
     assert select(mlp(), **options) == []
