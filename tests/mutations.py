@@ -366,6 +366,48 @@ MUTATIONS = (
         "once.norm()",
         ("test_matched_scale.py", "first_update_moves_w_as_far"),
     ),
+    Mutation(
+        "show autograd functions the bare weight",
+        "weight.py",
+        "weight = _projected(W.detach(), A, B, scale).as_subclass(cls)",
+        "weight = W.detach().as_subclass(cls)",
+        ("test_laws_ops.py", "any_expression and autograd"),
+    ),
+    Mutation(
+        "hide that the weight requires a gradient",
+        "weight.py",
+        "    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]\n",
+        "",
+        ("test_laws_autograd.py", "argument_of_a_checkpoint"),
+    ),
+    Mutation(
+        "let autograd track the weight as a view",
+        "weight.py",
+        "        return W.detach()\n",
+        "        return W.view_as(W)\n",
+        ("test_functional.py", "outside_autograd"),
+    ),
+    Mutation(
+        "let a forward pass write to the weight in place",
+        "weight.py",
+        "torch.is_grad_enabled() and func in _IN_PLACE",
+        "False and func in _IN_PLACE",
+        ("test_functional.py", "changed_in_place"),
+    ),
+    Mutation(
+        "swap the weights in without gradients",
+        "step.py",
+        "with torch.enable_grad():  # which a backward pass is without",
+        "with torch.no_grad():",
+        ("test_laws_autograd.py", "autograd_function"),
+    ),
+    Mutation(
+        "leave out a weight that sits in a list, too",
+        "step.py",
+        "            if parameter is W:\n",
+        "            if parameter is W and name != 'weight_ih_l0':\n",
+        ("test_models.py", "oracles and recurrent"),
+    ),
 )
 
 
