@@ -120,11 +120,16 @@ def test_the_functional_paths_train_it_as_the_dense_one_does(name: str) -> None:
 def trained(case: Case, path: str) -> tuple[list[float], nn.Module]:
     """Return the losses of ten updates with a switch and two restarts, and the model."""
     model = case.model()
-    schedule = JaggedSchedule(3, restart_warmup=2, warm_start=2)
-    optimizer = ReLoRAOptimizer(
-        model, torch.optim.AdamW, rank=RANK, targets=case.targets, schedule=schedule, lr=0.01, eps=1e-6
-    )
+    optimizer = two_lines(model, case)
     step = stepper(path, optimizer, model, case.loss_fn())
     losses = [float(step()) for _ in range(10)]
     assert optimizer.num_restarts == 2
     return losses, model
+
+
+def two_lines(model: nn.Module, case: Case) -> ReLoRAOptimizer:
+    """Return an optimizer with a switch after 2 updates and restarts after 5 and 8."""
+    schedule = JaggedSchedule(3, restart_warmup=2, warm_start=2)
+    return ReLoRAOptimizer(
+        model, torch.optim.AdamW, rank=RANK, targets=case.targets, schedule=schedule, lr=0.01, eps=1e-6
+    )

@@ -12,15 +12,13 @@ import pytest
 import torch
 from materialised import factor_gradients, low_rank_parameters, oracle, sgd
 from models import PATHS, stepper
-from test_models import CASES, RANK, assert_close
+from test_models import CASES, assert_close, two_lines
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from zoo import TORCH, Case
 from zoo_transformers import GROUPED, TRANSFORMERS, embedded, mixtral
-
-from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
 
 def checkpointed(model: nn.Module, *, use_reentrant: bool) -> nn.Module:
@@ -57,7 +55,7 @@ def penalised(case: Case) -> Callable[[Any], Tensor]:
 
     def loss_fn(call: Any) -> Tensor:
         torch.manual_seed(1)
-        inputs = case.inputs(torch.float64)
+        inputs = {name: value.clone() for name, value in case.inputs(torch.float64).items()}
         numbers = [value.requires_grad_() for value in inputs.values() if value.is_floating_point()]
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             loss = case.loss(call, **inputs)
@@ -122,14 +120,6 @@ def test_in_bfloat16_two_lines_train_it_through_two_restarts(name: str) -> None:
     for n, W in low_rank_parameters(model, optimizer).items():
         assert not torch.equal(W, start[n]), n
         assert torch.equal(W, optimizer.state[W]["master"].to(torch.bfloat16)), n
-
-
-def two_lines(model: nn.Module, case: Case) -> ReLoRAOptimizer:
-    """Return an optimizer with a switch after 2 updates and restarts after 5 and 8."""
-    schedule = JaggedSchedule(3, restart_warmup=2, warm_start=2)
-    return ReLoRAOptimizer(
-        model, torch.optim.AdamW, rank=RANK, targets=case.targets, schedule=schedule, lr=0.01, eps=1e-6
-    )
 
 
 @pytest.fixture
