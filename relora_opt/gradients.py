@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .sharding import full, laid_out_as, mesh_of
 from .state import LowRankState
 from .weight import project
 
@@ -26,7 +28,8 @@ def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
             continue
         A, B = entry["A"], entry["B"]
         before += [(A, A.grad), (B, B.grad)]
-        for factor, gradient in zip((A, B), project(W.grad, A, B, scale), strict=True):
+        for factor, projection in zip((A, B), project(W.grad, A, B, scale), strict=True):
+            gradient = laid_out_as(projection, factor)
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
     try:
         yield
@@ -44,7 +47,33 @@ def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
 
 def are_finite(parameters: Iterable[Tensor]) -> bool:
     """Say whether the norm of all gradients together is finite; this waits for the device."""
-    return bool(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).isfinite())
+    return bool(_total_norm(_by_mesh(parameters)).isfinite())
+
+
+def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clip the norm of all gradients together, in place, and return what it was, as `nn.utils.clip_grad_norm_` does.
+
+    Sharded gradients count whole, and may lie on several meshes, or beside others that are not sharded.
+    """
+    parts = _by_mesh(parameters)
+    norm = _total_norm(parts)
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    return norm
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return the parameters that have gradients, in lists that one operation can take."""
+    parts: dict[object, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            parts[mesh_of(p)].append(p)
+    return list(parts.values())
+
+
+def _total_norm(parts: list[list[Tensor]]) -> Tensor:
+    norms = [full(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def average_(parameters: Iterable[Tensor], process_group: dist.ProcessGroup) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .optimizer import ReLoRAOptimizer
+from .sharding import local
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Memory:
     Args:
         num_parameters: elements of all parameters of the optimizer.
         num_trainable: elements that the coming update trains: factors and dense parameters.
-        state_bytes: everything in `optimizer.state`: factors, the base's state, masters.
-        full_rank_adamw_bytes: what AdamW would keep for the same parameters at full rank: two moments in their dtype.
+        state_bytes: everything in `optimizer.state`: factors, the base's state, masters. Of sharded tensors, what this
+            rank holds.
+        full_rank_adamw_bytes: what AdamW would keep for the same parameters at full rank: two moments in their dtype;
+            on this rank.
     """
 
     num_parameters: int
@@ -40,9 +43,14 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
     return Memory(
         num_parameters=sum(p.numel() for p in parameters),
         num_trainable=num_trainable,
-        state_bytes=sum(t.numel() * t.element_size() for t in _tensors(list(optimizer.state.values()))),
-        full_rank_adamw_bytes=sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad),
+        state_bytes=sum(map(_bytes, _tensors(list(optimizer.state.values())))),
+        full_rank_adamw_bytes=sum(2 * _bytes(p) for p in parameters if p.requires_grad),
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    held = local(tensor)
+    return held.numel() * held.element_size()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

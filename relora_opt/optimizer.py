@@ -30,6 +30,7 @@ from . import prune as pruning
 from .factors import INITS, draw_a, draw_generator, factor_dtype, matrix_shape, product
 from .schedule import JaggedSchedule
 from .select import MATCHED, LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
+from .sharding import full
 from .state import (
     CLOCK,
     FORMAT,
@@ -186,7 +187,7 @@ class ReLoRAOptimizer(Optimizer):
                 self._sketch()
             if self.max_grad_norm is not None:
                 parameters = [p for group in base.param_groups for p in group["params"]]
-                self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
             self._last_lr = self._inner.set_rates(self.param_groups, self._rates())
             moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
@@ -665,7 +666,7 @@ class ReLoRAOptimizer(Optimizer):
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         found = [p.grad for p in self.parameters() if p.grad is not None]
-        return bool(found) and not any(bool(gradient.any()) for gradient in found)
+        return bool(found) and not any(bool(full(gradient.any())) for gradient in found)
 
 
 def _without_parameters(options: Group) -> Group:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sharding import from_first_rank, full
 from .state import LowRankState
 
 NUM_SKETCHES = 2
@@ -29,7 +30,7 @@ def point_(weights: Sequence[LowRankState]) -> None:
     for weight in weights:
         A, B, G = weight.A, weight.B, weight.W.grad
         if G is not None:
-            G = G.to_dense() if G.is_sparse else G
+            G = full(G.to_dense() if G.is_sparse else G)
             _set_rows_(A, G.reshape(*B.shape[:-1], A.shape[-1]), A.shape[-2])
         B.zero_()
 
@@ -63,4 +64,4 @@ def _set_rows_(rows: Tensor, M: Tensor, count: int) -> None:
         V = torch.linalg.svd(M.to(rows.dtype).where(speaks, 0.0), full_matrices=False).Vh[..., :count, :]
     # A singular vector's sign is arbitrary, and differs between libraries: its largest element is positive here.
     largest = V.gather(-1, V.abs().argmax(-1, keepdim=True))
-    rows.copy_(torch.where(speaks, V * largest.sign(), rows))
+    rows.copy_(from_first_rank(torch.where(speaks, V * largest.sign(), full(rows)), rows))

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import full, laid_out_as
+
 State = dict[str, Any]
 
 
@@ -101,12 +103,13 @@ def prune_(
         reset_(state)
         return
     if isinstance(strategy, Magnitude):
-        scores = _value(moments[0]).detach().abs()
+        scores = full(_value(moments[0]).detach().abs())
     else:
         scores = torch.rand(shape, generator=generator).to(moments[0].device)
     kept = _largest(scores, shape.numel() - round(strategy.ratio * shape.numel()))
     for moment in moments:
-        moment.copy_(_value(moment) * kept)
+        value = _value(moment)
+        moment.copy_(value * laid_out_as(kept.to(value.dtype), moment))
 
 
 def check_maskable(state: State, shape: torch.Size, strategy: Strategy, base: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
 from .select import Slot
+from .sharding import is_sharded, lay_out_factors
 
 Entry = dict[str, Any]
 
@@ -81,7 +82,8 @@ def redraw_(entry: Entry, W: Tensor, slot: Slot, *, init: str, seed: int, restar
 def _draw(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: int) -> tuple[Tensor, Tensor]:
     shape, generator = matrix_shape(W, is_batch=slot.is_batch), draw_generator(seed, slot.name, restart)
     A = draw_a(shape, rank, init=init, generator=generator, like=W)
-    return A, draw_b(shape, rank, init=init, generator=generator, like=W)
+    B = draw_b(shape, rank, init=init, generator=generator, like=W)
+    return lay_out_factors(A, B, W, slot.name)
 
 
 def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: float) -> None:

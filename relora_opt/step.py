@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from . import gradients
 from .select import PARALLEL
+from .sharding import is_sharded
 from .weight import LowRankWeight
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _check_model(model: nn.Module, known: set[int]) -> None:
         while isinstance(model, (_Loss, _WithBackward)):  # what a Step wraps around the caller's
             model = model.model if isinstance(model, _Loss) else model.loss
         raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
-    sharded = [name for name, p in parameters.items() if type(p.data).__name__ == "DTensor"]
+    sharded = [name for name, p in parameters.items() if is_sharded(p)]
     if sharded:
         raise ValueError(
             f"{sharded[0]} is a DTensor: the functional path does not shard; use the dense path (loss.backward() "
