@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .select import canonical_name, parallel_paths
+from .sharding import is_sharded
 
 _METADATA = {"format": "pt"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -43,7 +44,7 @@ def save_merged(
         The files written, the index last.
 
     Raises:
-        ValueError: for an unreadable size, a dtype that is not floating, or a model without tensors.
+        ValueError: for an unreadable size, a dtype that is not floating, sharded weights, or a model without tensors.
         OSError: where the folder does not exist, or the disk refuses.
     """
     if not isinstance(model, nn.Module):
@@ -82,6 +83,11 @@ def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{name} is sharded: gather the weights with get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint, and load them into a model that is not sharded"
+            )
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() > 0 and place in written:
             continue

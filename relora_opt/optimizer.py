@@ -37,6 +37,7 @@ from .state import (
     Entry,
     LowRankState,
     check_fits,
+    check_layout,
     check_loadable,
     detached,
     is_low_rank,
@@ -263,6 +264,8 @@ class ReLoRAOptimizer(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
+        for selected, saved in self._saved_entries(state_dict):
+            check_layout(selected.W, saved, selected.slot.name)
         if self._drafts:
             self._make_entries()
         live = dict(self.state)
@@ -513,6 +516,18 @@ class ReLoRAOptimizer(Optimizer):
         for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
             if group["rank"] and id(group) in wanted:
                 yield from (_Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
+
+    def _saved_entries(self, state_dict: dict[str, Any]) -> Iterator[tuple[_Selected, Entry]]:
+        """Yield the selected weights that have factors in a saved state, with these."""
+        indices = [
+            index
+            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for index in (saved_group["params"] if group["rank"] else ())
+        ]
+        for selected, index in zip(self._selected(), indices, strict=False):  # torch refuses other numbers of them
+            saved = state_dict["state"].get(index)
+            if is_low_rank(saved):
+                yield selected, saved
 
     def _find(self, parameter: Tensor) -> _Selected:
         for selected in self._selected():

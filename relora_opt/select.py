@@ -337,8 +337,9 @@ def _is_finite(value: object) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    kinds = type(module).__mro__  # fully_shard makes a class of its own of each, derived from theirs
+    is_conv1d = any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
+    return isinstance(module, nn.Linear) or is_conv1d
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:

@@ -52,7 +52,12 @@ def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 def from_first_rank(tensor: Tensor, other: Tensor) -> Tensor:
     """Lay a whole tensor out as another, with the values that the mesh's first rank has: all ranks must call."""
-    return _cut(tensor, other, other.placements, source=0) if is_sharded(other) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    everywhere = [Replicate()] * mesh_of(other).ndim
+    return laid_out_as(_cut(tensor, other, everywhere, source=0), other)
 
 
 def lay_out_factors(A: Tensor, B: Tensor, W: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,21 @@ def check_fits(W: Tensor, entry: Entry, name: str) -> None:
         )
 
 
+def check_layout(W: Tensor, saved: Entry, name: str) -> None:
+    """Refuse the factors of a sharded weight for a whole one, and the other way round.
+
+    Raises:
+        ValueError: names the weight and what gathers or shards a state.
+    """
+    if is_sharded(W) != is_sharded(saved["A"]):
+        have, want = ("sharded", "is not") if is_sharded(saved["A"]) else ("not sharded", "is")
+        raise ValueError(
+            f"the saved factors of {name} are {have}, but the weight {want}: save and load through "
+            "torch.distributed.checkpoint, or its get_optimizer_state_dict and set_optimizer_state_dict with "
+            "StateDictOptions(full_state_dict=True)"
+        )
+
+
 def detached(entry: Entry) -> Entry:
     """Return an entry for `state_dict`: the same memory, without the factors' autograd."""
     return {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,7 @@ class FunctionalModel(nn.Module):
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
         self._places: list[_Place] = []
         self._is_swapped = False
+        self._synchronised: ReferenceType[DistributedDataParallel] | None = None
         known = {id(p) for p in optimizer.parameters()}
         _check_model(model, known)
         self.training = model.training
@@ -70,7 +72,10 @@ class FunctionalModel(nn.Module):
         model, weights = self._models[0], self._weights()
         if torch.compiler.is_compiling():
             return functional_call(model, weights, args, kwargs, tie_weights=False)
-        _refuse_stale_ddp(self)
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is not None and any(module is self for module in ddp.module.modules()):
+            _refuse_stale(ddp, self)
+            self._synchronise(ddp)
         self.restore()
         output = functional_call(model, weights, args, kwargs, tie_weights=False)
         if torch.is_grad_enabled():
@@ -109,6 +114,13 @@ class FunctionalModel(nn.Module):
             self._is_swapped = False
             for place in self._places:
                 place.module._parameters[place.name] = place.W  # type: ignore[assignment]
+
+    def _synchronise(self, ddp: DistributedDataParallel) -> None:
+        """Give every rank the first one's low-rank weights, once, as DDP does with the parameters that it sees."""
+        if self._synchronised is None or self._synchronised() is not ddp:
+            self._synchronised = ref(ddp)
+            for W in {id(place.W): place.W for place in self._places}.values():
+                torch.distributed.broadcast(W.detach(), group=ddp.process_group, group_src=0)
 
     def _swap_in(self, gradient: Tensor) -> None:
         """Put the low-rank weights into the model until the backward pass that has just reached it is over."""
@@ -317,12 +329,9 @@ def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(list(vars(leaf).values()), seen)
 
 
-def _refuse_stale_ddp(module: FunctionalModel) -> None:
+def _refuse_stale(ddp: DistributedDataParallel, module: FunctionalModel) -> None:
     """Refuse a DistributedDataParallel that was built around other parameters: its ranks would diverge in silence."""
-    active = DistributedDataParallel._active_ddp_module
-    if active is None or active.module is not module:
-        return
-    if {id(p) for p in active._module_parameters} != {id(p) for p in module.parameters()}:
+    if not {id(p) for p in module.parameters()} <= {id(p) for p in ddp._module_parameters}:
         raise RuntimeError(
             "this DistributedDataParallel was built before the switch to low rank and communicates the wrong "
             "gradients: wrap optimizer.functional(model) again after the switch"

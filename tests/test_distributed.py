@@ -1,8 +1,7 @@
 """Two processes, gloo: DDP and FSDP2 train what one process trains, every rank alike, and runs move between them."""
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +219,260 @@ def test_a_run_goes_from_two_ranks_to_one_and_back(ranks: Ranks, stop: int, tmp_
     assert clock == clock_of(optimizer)
     for name, p in model.state_dict().items():
         torch.testing.assert_close(after["model"][name], p, **CLOSE)
+
+
+def through_full_state_dicts(rank: int) -> None:
+    model, optimizer = build({}, is_sharded=True, seed=0)
+    train(model, optimizer, range(5), rank)
+    weights = get_model_state_dict(model, options=FULL)
+    rest = get_optimizer_state_dict(model, optimizer, options=FULL)
+    saved = state(optimizer.state_dict()["state"])
+    for is_sharded in (True, False):
+        other, fresh = build({}, clock_of(optimizer), is_sharded=is_sharded)
+        set_model_state_dict(other, copy.deepcopy(weights), options=FULL)
+        set_optimizer_state_dict(other, fresh, copy.deepcopy(rest), options=FULL)
+        assert not differences(state(fresh.state_dict()["state"]), saved)
+    plain, fresh = build({}, is_sharded=False)
+    with pytest.raises(
+        ValueError, match=r"factors of first\.weight are sharded, but the weight is not.*full_state_dict"
+    ):
+        fresh.load_state_dict(optimizer.state_dict())
+    fresh.set_clock(**clock_of(optimizer))
+    set_optimizer_state_dict(plain, fresh, copy.deepcopy(rest), options=FULL)
+    _, other = build({}, is_sharded=True)
+    with pytest.raises(ValueError, match=r"factors of first\.weight are not sharded, but the weight is"):
+        other.load_state_dict(fresh.state_dict())
+    assert not other.state
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # its own, as Accelerate does
+    train(model, optimizer, range(5, 9), rank)
+    assert not differences(state(fresh.state_dict()["state"]), saved)
+
+
+def test_a_full_state_dict_loads_sharded_or_not_and_a_bare_one_is_refused_across(ranks: Ranks) -> None:
+    ranks.run(through_full_state_dicts)
+
+
+def what_sharded_weights_refuse(rank: int, folder: str) -> tuple[int, int]:
+    model, optimizer = build({}, is_sharded=True, seed=0)
+    for make in (optimizer.functional, lambda model: optimizer.make_step(model, mse)):
+        with pytest.raises(ValueError, match="is a DTensor: the functional path does not shard; use the dense path"):
+            make(model)
+    with pytest.raises(ValueError, match=r"stem\.weight is sharded: gather the weights with get_model_state_dict"):
+        save_merged(model, Path(folder) / f"{rank}.safetensors")
+    conv = nn.Conv1d(4, 6, 3)
+    mesh = init_device_mesh("cpu", (SIZE,))
+    conv.weight = nn.Parameter(distribute_tensor(conv.weight.detach(), mesh, [Shard(1)]))
+    by_columns = ReLoRAOptimizer(conv, rank=2, targets=["weight"], schedule=JaggedSchedule(0), lr=0.1)
+    with pytest.raises(ValueError, match=r"weight of shape \(6, 4, 3\) .*can be sharded along dimension 0 alone"):
+        by_columns.factors(conv.weight)
+    train(model, optimizer, range(5), rank)
+    sizes = memory(optimizer)
+    return sizes.state_bytes, sizes.num_parameters
+
+
+def test_what_sharded_weights_cannot_do_is_refused_by_name_and_a_rank_counts_its_own_bytes(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    found = ranks.run(what_sharded_weights_refuse, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    model, optimizer = build({}, is_sharded=False, seed=0)
+    train(model, optimizer, range(5))
+    sizes = memory(optimizer)
+    assert all(size < sizes.state_bytes and number == sizes.num_parameters for size, number in found)
+    # All but what lies on both: A with two moments, and the counters of Adam.
+    entries = [optimizer.state[W] for W in selected_weights(model).values()]
+    twice = sum(3 * 4 * entry["A"].numel() for entry in entries) + 4 * (2 * len(entries) + len(optimizer.state) - 2)
+    twice += 4 * len(entries)
+    assert sum(size for size, _ in found) == sizes.state_bytes + twice - 4 * len(entries)
+
+
+def tensor_parallel(rank: int) -> None:
+    """Columns of the first layer (rows of its weight) and rows of the second lie on two ranks: no data parallelism."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    one, many = network(), network()
+    mesh = init_device_mesh("cpu", (SIZE,))
+    parallelize_module(many, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    options: dict[str, Any] = {"targets": ["0.weight", "2.weight"], "init": "gradient", "schedule": SCHEDULE}
+    options |= {"rank": 2, "prune": prune.magnitude(0.5), "max_grad_norm": 0.5, "lr": 0.01}
+    alone, optimizer = ReLoRAOptimizer(one, **options), ReLoRAOptimizer(many, **options)
+    train(one, alone, range(LAST))
+    train(many, optimizer, range(LAST))
+    A, B = optimizer.factors(many[2].weight)
+    assert (A.placements, B.placements) == ((Shard(1),), (Replicate(),))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), **CLOSE)
+
+
+def test_factors_follow_weights_that_are_sharded_by_columns(ranks: Ranks) -> None:
+    ranks.run(tensor_parallel)
+
+
+def mixed_precision(rank: int) -> None:
+    one, many = mlp(), mlp()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in (many.first, many.second, many):
+        fully_shard(layer, mp_policy=policy)
+    alone, optimizer = relora(one, schedule=SCHEDULE), relora(many, schedule=SCHEDULE)
+    train(one, alone, range(LAST))
+    train(many, optimizer, range(LAST), rank, loss_fn=lambda model, x, y: mse(model, x, y.bfloat16()))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0, atol=0.02)  # two digits of bfloat16
+
+
+def test_fsdp2_computes_in_bfloat16_beside_float32_weights(ranks: Ranks) -> None:
+    ranks.run(mixed_precision)
+
+
+def scaled(rank: int) -> None:
+    """The second rank alone meets an infinite gradient: both skip."""
+    one, many = mlp(), sharded(mlp())
+    alone, optimizer = relora(one, schedule=SCHEDULE), relora(many, schedule=SCHEDULE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for u in range(LAST):
+        for factor in (float("inf"), 1.0) if u in (1, 5) else (1.0,):
+            x, y = part(rank, *batch(u))
+            scaler.scale(mse(many, x, y) * (factor if rank == 1 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.num_updates == u + 1
+    train(one, alone, range(LAST))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), **CLOSE)
+
+
+def test_a_grad_scaler_skips_on_all_ranks_of_fsdp2_or_on_none(ranks: Ranks) -> None:
+    ranks.run(scaled)
+
+
+# ---- DDP
+
+
+class Counted:
+    """Counts the bytes of gradients that a DistributedDataParallel communicates."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.num_bytes = 0
+        ddp.register_comm_hook(self, Counted.reduce)
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        self.num_bytes += buffer.numel() * buffer.element_size()
+        reduced = dist.all_reduce(buffer.div_(SIZE), async_op=True).get_future()
+        return reduced.then(lambda future: future.value()[0])
+
+
+def ddp_around_the_model(rank: int, changes: dict[str, Any]) -> Any:
+    one, many = mlp(), mlp(seed=rank)  # DDP gives all ranks the first one's weights
+    wrapped = DistributedDataParallel(many)
+    alone = relora(one, schedule=SCHEDULE, **changes)
+    optimizer = relora(wrapped, schedule=SCHEDULE, **changes)
+    assert optimizer.selected == alone.selected
+    train(one, alone, range(LAST))
+    train(wrapped, optimizer, range(LAST), rank)
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs.detach(), **CLOSE)
+    return state({"model": many.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize("case", ["AdamW", "random", "orthogonal, matched", "gradient", "clipped"])
+def test_ddp_around_the_model_trains_what_one_process_trains_through_switch_and_restarts(
+    ranks: Ranks, case: str
+) -> None:
+    found = ranks.run(ddp_around_the_model, CASES[case])
+    assert not differences(*found)
+
+
+def ddp_around_the_functional_model(rank: int, use_reentrant: bool | None, init: str) -> Any:
+    one, many = mlp(), mlp(seed=rank, use_reentrant=use_reentrant)
+    options = {"schedule": SCHEDULE, "init": init, "max_grad_norm": 0.5}
+    alone, optimizer = relora(one, **options), relora(many, **options)
+    f = optimizer.functional(many)
+    wrapped = DistributedDataParallel(f)
+    train(wrapped, optimizer, range(3), rank)
+    with pytest.raises(RuntimeError, match=r"wrap optimizer\.functional\(model\) again after the switch"):
+        wrapped(*part(rank, *batch(3))[:1])
+    wrapped = DistributedDataParallel(f)
+    counted = Counted(wrapped)
+    train(wrapped, optimizer, range(3, LAST), rank)
+    step = alone.make_step(one, mse, compile=False)
+    for u in range(LAST):
+        step(*batch(u))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs.detach(), **CLOSE)
+    dense = [p for p in many.parameters() if not any(p is W for W in selected_weights(many).values())]
+    factors = [factor for W in selected_weights(many).values() for factor in optimizer.factors(W)]
+    assert counted.num_bytes == (LAST - 3) * sum(4 * p.numel() for p in (*dense, *factors))
+    assert all(W.grad is None for W in selected_weights(many).values())
+    return state({"model": many.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize(
+    ("use_reentrant", "init"), [(None, "kaiming"), (False, "kaiming"), (None, "gradient")], ids=str
+)
+def test_ddp_around_the_functional_model_communicates_factors_and_unselected_parameters_only(
+    ranks: Ranks, use_reentrant: bool | None, init: str
+) -> None:
+    found = ranks.run(ddp_around_the_functional_model, use_reentrant, init)
+    assert not differences(*found)
+
+
+def ddp_from_other_weights(rank: int, dtype: torch.dtype) -> Any:
+    model = mlp(dtype, seed=rank)
+    before = {name: W.detach().clone() for name, W in selected_weights(mlp(dtype)).items()}
+    optimizer = relora(model, schedule=JaggedSchedule(3, 1))
+    wrapped = DistributedDataParallel(optimizer.functional(model))
+    wrapped(*part(rank, *batch(0, dtype))[:1])
+    assert not differences(before, {name: W.detach() for name, W in selected_weights(model).items()})
+    train(wrapped, optimizer, range(5), rank)
+    return state({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ddp_around_the_functional_model_starts_from_the_first_ranks_weights(ranks: Ranks, dtype: torch.dtype) -> None:
+    found = ranks.run(ddp_from_other_weights, dtype)
+    assert not differences(*found)
+
+
+class WithLoss(nn.Module):
+    """A module of the user's that holds the functional model."""
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return mse(self.f, x, y)
+
+
+def ddp_accumulates(rank: int) -> Any:
+    one, many = mlp(), mlp(seed=rank)
+    alone, optimizer = relora(one, schedule=SCHEDULE), relora(many, schedule=SCHEDULE)
+    f = optimizer.functional(many)
+    wrapped = DistributedDataParallel(WithLoss(f))
+    train(one, alone, range(LAST))
+    for u in range(LAST):
+        if u == 3:
+            with pytest.raises(RuntimeError, match="again after the switch"):
+                wrapped(*part(rank, *batch(u)))
+            wrapped = DistributedDataParallel(WithLoss(f))
+        first, second = zip(*(tensor.chunk(2) for tensor in part(rank, *batch(u))), strict=True)
+        with wrapped.no_sync():
+            (wrapped(*first) / 2).backward()
+        (wrapped(*second) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs.detach(), **CLOSE)
+    return state({"model": many.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def test_ddp_accumulates_without_communication_and_sees_a_functional_model_inside_another_module(ranks: Ranks) -> None:
+    found = ranks.run(ddp_accumulates)
+    assert not differences(*found)
