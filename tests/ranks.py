@@ -1,7 +1,7 @@
 """Processes of a gloo group that stay alive over many tests: `Ranks(2).run(function, *arguments)`.
 
-The function is one of a test module's own; it runs on every rank, and what it returns comes back in a list. Warnings are
-errors there too. A rank that fails or hangs takes the group down; the next call starts a new one.
+The function is one of a test module's own; it runs on every rank, and what it returns comes back in a list. Warnings
+are errors there too. A rank that fails or hangs takes the group down; the next call starts a new one.
 """
 
 import datetime
@@ -82,4 +82,4 @@ def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
                 warnings.simplefilter("error")
                 pipe.send((True, function(rank, *arguments)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, traceback.format_exc(limit=-8)))

@@ -66,7 +66,7 @@ def sharded(model: MLP) -> MLP:
 
 def train(model: nn.Module, optimizer: Any, updates: range, rank: int | None = None, **options: Any) -> None:
     """Make these updates, on a rank's share of every batch; `None` is one process with the whole batch."""
-    dtype = next(model.parameters()).dtype
+    dtype = options.get("dtype", next(model.parameters()).dtype)
     loss_fn = options.get("loss_fn", mse)
     for u in updates:
         data = batch(u, dtype)
@@ -279,11 +279,10 @@ def test_what_sharded_weights_cannot_do_is_refused_by_name_and_a_rank_counts_its
     train(model, optimizer, range(5))
     sizes = memory(optimizer)
     assert all(size < sizes.state_bytes and number == sizes.num_parameters for size, number in found)
-    # All but what lies on both: A with two moments, and the counters of Adam.
     entries = [optimizer.state[W] for W in selected_weights(model).values()]
-    twice = sum(3 * 4 * entry["A"].numel() for entry in entries) + 4 * (2 * len(entries) + len(optimizer.state) - 2)
-    twice += 4 * len(entries)
-    assert sum(size for size, _ in found) == sizes.state_bytes + twice - 4 * len(entries)
+    on_both = sum(3 * 4 * entry["A"].numel() for entry in entries)  # A and its two moments
+    on_both += 4 * (len(optimizer.state) + len(entries))  # Adam's counters: one of each factor and dense parameter
+    assert sum(size for size, _ in found) == sizes.state_bytes + on_both
 
 
 def tensor_parallel(rank: int) -> None:
@@ -430,7 +429,7 @@ def ddp_from_other_weights(rank: int, dtype: torch.dtype) -> Any:
     wrapped = DistributedDataParallel(optimizer.functional(model))
     wrapped(*part(rank, *batch(0, dtype))[:1])
     assert not differences(before, {name: W.detach() for name, W in selected_weights(model).items()})
-    train(wrapped, optimizer, range(5), rank)
+    train(wrapped, optimizer, range(5), rank, dtype=dtype)
     return state({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
