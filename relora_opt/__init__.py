@@ -11,6 +11,7 @@ from .optimizer import ReLoRAOptimizer
 from .schedule import JaggedSchedule, constant, cosine, linear, wsd
 from .select import default_targets, target_names
 from .step import FunctionalModel, Step
+from .trainer import trainer_factory
 from .weight import LowRankWeight
 
 __version__ = "0.1.0"
@@ -31,5 +32,6 @@ __all__ = [
     "prune",
     "save_merged",
     "target_names",
+    "trainer_factory",
     "wsd",
 ]

@@ -17,25 +17,24 @@ from .weight import project
 
 @contextmanager
 def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
-    """Add the projection of every dense gradient W.grad to the factors' gradients, for as long as this is open.
+    """Add the projection of every dense gradient W.grad to the factors' gradients, and leave these used up.
 
-    What the functional path has put into the factors' gradients stays in them afterwards; the projections do not, so
-    that a gradient which accumulates over several calls counts once in each.
+    A trainer may zero the gradients of the model alone (transformers' does), which does not reach the factors: no
+    gradient of theirs, from either path, outlasts the step that it was for. Dense ones do, as everywhere in torch.
     """
-    before: list[tuple[Tensor, Tensor | None]] = []
+    weights = list(weights)
     for W, entry, scale in weights:
         if W.grad is None:
             continue
         A, B = entry["A"], entry["B"]
-        before += [(A, A.grad), (B, B.grad)]
         for factor, projection in zip((A, B), project(W.grad, A, B, scale), strict=True):
             gradient = laid_out_as(projection, factor)
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
     try:
         yield
     finally:
-        for factor, own in before:
-            factor.grad = own
+        for weight in weights:
+            weight.A.grad = weight.B.grad = None
 
 
 def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:

@@ -165,6 +165,7 @@ class ReLoRAOptimizer(Optimizer):
 
         A closure runs first, with gradients enabled; its loss is returned. An update that GradScaler skips is not
         counted, and neither is the step with lr 0 and zero gradients by which torch.distributed.checkpoint makes state.
+        The factors' gradients are used up: none outlasts its step, so zeroing the model's own gradients is enough.
 
         Raises:
             RuntimeError: for factor gradients of the functional path under a GradScaler.

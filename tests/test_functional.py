@@ -329,3 +329,19 @@ def test_a_weight_that_is_changed_in_place_with_gradients_enabled_is_refused(cha
     with pytest.raises(RuntimeError, match=r"changes a low-rank weight in place.*do it under torch\.no_grad"):
         f(torch.ones(2, 5))
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("path", ["dense", "functional"])
+def test_zeroing_the_models_gradients_is_enough_between_updates(path: str) -> None:
+    """transformers' Trainer does that; the model does not know the factors."""
+    runs = []
+    for zeroes_by_model in (True, False):
+        model = mlp()
+        optimizer = relora(model, schedule=JaggedSchedule(3, 1, warm_start=1))
+        call = optimizer.functional(model) if path == "functional" else model
+        for index in range(6):
+            mse(call, *batch(index)).backward()
+            optimizer.step()
+            (model if zeroes_by_model else optimizer).zero_grad()
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))

@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "step": {"gradients", "select", "sharding", "weight"},
     "metrics": {"optimizer", "sharding", "state"},
     "export": {"select", "sharding"},
-    "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "weight"},
+    "trainer": {"optimizer"},
+    "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "trainer", "weight"},
 }
 # Methods that make an object of the room above import it when they are called.
 CALLED_LATE = {("optimizer", "step")}
