@@ -475,3 +475,73 @@ def ddp_accumulates(rank: int) -> Any:
 def test_ddp_accumulates_without_communication_and_sees_a_functional_model_inside_another_module(ranks: Ranks) -> None:
     found = ranks.run(ddp_accumulates)
     assert not differences(*found)
+
+
+# ---- Accelerate and transformers
+
+
+def accelerated(rank: int, is_sharded: bool) -> Any:
+    """Accelerate knows FSDP on accelerators alone; here it is told that it runs there, and the rest is its own."""
+    import accelerate
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    if is_sharded:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
+        )
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    one, many = mlp(), mlp()
+    alone, optimizer = relora(one, schedule=SCHEDULE), relora(many, schedule=SCHEDULE, max_grad_norm=100.0)
+    schedulers = [torch.optim.lr_scheduler.StepLR(alone, 4), torch.optim.lr_scheduler.StepLR(optimizer, 4 * SIZE)]
+    wrapped, prepared, scheduler = accelerator.prepare(many, optimizer, schedulers[1])
+    for u in range(LAST):
+        mse(one, *batch(u)).backward()
+        alone.step()
+        schedulers[0].step()
+        alone.zero_grad()
+        accelerator.backward(mse(wrapped, *part(rank, *batch(u))))
+        prepared.step()
+        scheduler.step()  # once a process
+        prepared.zero_grad()
+        assert scheduler.get_last_lr() == schedulers[0].get_last_lr()
+    assert (optimizer.num_updates, optimizer.num_restarts) == (LAST, 3)
+    trained = dict(accelerator.unwrap_model(wrapped).named_parameters())
+    assert all(isinstance(p, DTensor) == is_sharded for p in trained.values())
+    for name, theirs in one.named_parameters():
+        torch.testing.assert_close(whole(trained[name]), theirs.detach(), **CLOSE)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    return state({"model": dict(trained), "optimizer": optimizer.state_dict()["state"]})
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_accelerate_prepares_the_optimizer_beside_ddp_and_fsdp2(ranks: Ranks, is_sharded: bool) -> None:
+    found = ranks.run(accelerated, is_sharded)
+    assert not differences(*found)
+
+
+def trainer_under_ddp(rank: int, folder: str) -> Any:
+    import test_trainers as single
+
+    from relora_opt import trainer_factory
+
+    rows = single.texts()
+    order = [4 * u + SIZE * i + r for u in range(single.STEPS) for i in range(2) for r in range(SIZE)]
+    model = single.llama()
+    arguments = single.arguments(Path(folder), per_device_train_batch_size=2, ddp_backend="gloo")
+    made = single.Trainer(
+        model,
+        arguments,
+        train_dataset=[rows[i] for i in order],
+        optimizer_cls_and_kwargs=(trainer_factory, single.OPTIONS),
+    )
+    made.remove_callback(single.PrinterCallback)
+    made.train()
+    single.close(single.weights(model), single.weights(single.plain_loop()[0]), atol=1e-5)
+    single.reset_accelerate()
+    return {"model": single.weights(model), "optimizer": made.optimizer.optimizer.state_dict()["state"]}
+
+
+def test_the_trainer_of_transformers_trains_alike_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks.run(trainer_under_ddp, str(tmp_path))
+    assert not differences(*found)
