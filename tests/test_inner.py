@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, SELECTED, batch, differences, jagged_schedule, mlp, mse, relora, snapshot, stepper
+from models import SELECTED, batch, differences, jagged_schedule, mlp, mse, relora, snapshot, stepper
 from torch import nn
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant
@@ -198,99 +197,6 @@ def test_a_rate_may_be_a_tensor_and_stays_one() -> None:
     assert float(rate) == 0.125
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     assert optimizer.last_lr() == [0.125, 0.125]
-
-
-# ---- torch's schedulers
-
-
-def schedulers() -> dict[str, Callable[[torch.optim.Optimizer], Any]]:
-    """Return a factory for every scheduler of torch, so that one which torch adds is noticed."""
-    s = lr_scheduler
-    return {
-        "ConstantLR": partial(s.ConstantLR, factor=0.5, total_iters=3),
-        "CosineAnnealingLR": partial(s.CosineAnnealingLR, T_max=5),
-        "CosineAnnealingWarmRestarts": partial(s.CosineAnnealingWarmRestarts, T_0=3),
-        "CyclicLR": partial(s.CyclicLR, base_lr=0.01, max_lr=0.1),
-        "ExponentialLR": partial(s.ExponentialLR, gamma=0.9),
-        "LRScheduler": None,  # abstract
-        "LambdaLR": partial(s.LambdaLR, lr_lambda=lambda epoch: 0.9**epoch),
-        "LinearLR": partial(s.LinearLR, total_iters=4),
-        "MultiStepLR": partial(s.MultiStepLR, milestones=[2, 4]),
-        "MultiplicativeLR": partial(s.MultiplicativeLR, lr_lambda=lambda epoch: 0.8),
-        "OneCycleLR": partial(s.OneCycleLR, max_lr=0.1, total_steps=12),
-        "PolynomialLR": partial(s.PolynomialLR, total_iters=6),
-        "ReduceLROnPlateau": partial(s.ReduceLROnPlateau, patience=0),
-        "StepLR": partial(s.StepLR, step_size=2),
-        "ChainedScheduler": lambda o: s.ChainedScheduler([s.StepLR(o, 2), s.ExponentialLR(o, 0.9)]),
-        "SequentialLR": lambda o: s.SequentialLR(o, [s.ConstantLR(o), s.ExponentialLR(o, 0.9)], milestones=[3]),
-    }
-
-
-def test_every_scheduler_of_torch_is_tried() -> None:
-    kinds = {name for name in lr_scheduler.__all__ if isinstance(getattr(lr_scheduler, name), type)}
-    assert kinds == schedulers().keys()
-
-
-@pytest.mark.parametrize("name", [name for name, make in schedulers().items() if make is not None])
-@pytest.mark.parametrize("base", [partial(AdamW, betas=(0.9, 0.99)), partial(SGD, momentum=0.9)], ids=["AdamW", "SGD"])
-def test_a_scheduler_drives_the_groups_and_the_clock_multiplies(
-    base: Callable[..., torch.optim.Optimizer], name: str
-) -> None:
-    model, plain = mlp(), mlp()
-    schedule = JaggedSchedule(4, restart_warmup=2, warm_start=2)
-    optimizer = ReLoRAOptimizer(model, base, rank=2, schedule=schedule, factor_lr=3.0, lr=0.1)
-    alone = base([{"params": list(plain.parameters())}], lr=0.1)
-    scheduler, expected = schedulers()[name](optimizer), schedulers()[name](alone)
-    step = stepper("dense", optimizer, model)
-    for u in range(1, 12):
-        rate = alone.param_groups[0]["lr"]
-        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
-        step(*batch(u))
-        alone.step()
-        multiplier, factor_lr = schedule(u), 3.0 if u > 2 else 1.0
-        assert optimizer.last_lr() == pytest.approx([rate * multiplier * factor_lr, rate * multiplier], rel=1e-12)
-        arguments = (1.0,) if name == "ReduceLROnPlateau" else ()
-        scheduler.step(*arguments)
-        expected.step(*arguments)
-
-
-@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
-def test_a_scheduler_that_cycles_momentum_reaches_the_base(name: str) -> None:
-    runs = []
-    for cycles in (True, False):
-        model = mlp()
-        optimizer = relora(model, "AdamW", max_grad_norm=1.0)
-        make = schedulers()[name]
-        scheduler = make(optimizer, cycle_momentum=cycles)
-        step = stepper("dense", optimizer, model)
-        for u in range(3):
-            step(*batch(u))
-            scheduler.step()
-        runs.append(model.state_dict())
-    assert differences(*runs)
-
-
-def test_a_scheduler_resumes_beside_the_optimizer() -> None:
-    def build() -> tuple[MLP, ReLoRAOptimizer, Any]:
-        model = mlp()
-        optimizer = relora(model, schedule=jagged_schedule(3, 1, 2))
-        return model, optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
-
-    def run(model: MLP, optimizer: ReLoRAOptimizer, scheduler: Any, updates: range) -> None:
-        step = stepper("dense", optimizer, model)
-        for u in updates:
-            step(*batch(u))
-            scheduler.step()
-
-    model, optimizer, scheduler = build()
-    run(model, optimizer, scheduler, range(5))
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
-    run(model, optimizer, scheduler, range(5, 10))
-    other = build()
-    for part, state in zip(other, saved, strict=True):
-        part.load_state_dict(state)
-    run(*other, range(5, 10))
-    assert not differences(snapshot(other[0], other[1]), snapshot(model, optimizer))
 
 
 # ---- the contract of an Optimizer
