@@ -3,7 +3,6 @@
 torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
-import os
 import tempfile
 
 import torch
@@ -15,26 +14,27 @@ from torch.distributed.fsdp import fully_shard
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
-dist.init_process_group("gloo")  # "nccl" on GPUs
-folder = [tempfile.mkdtemp()]
-dist.broadcast_object_list(folder)
-teacher = nn.Linear(32, 32)
-for attempt in range(2):  # the second one goes on where the first one stopped; on any number of ranks, or on one
+
+def main(folder: str, stop: int, clock: dict[str, int] | None) -> dict[str, int]:
     model = fully_shard(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)))
     schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
     optimizer = ReLoRAOptimizer(model, rank=8, targets=["0", "2"], schedule=schedule, max_grad_norm=1.0, lr=3e-3)
-    if attempt:
-        optimizer.set_clock(num_updates=35, num_restarts=1, last_restart=30)  # the form that the saved state has
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.load(state, checkpoint_id=folder[0])
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    while optimizer.num_updates < 35 * (attempt + 1):
-        x = torch.randn(32, 32)
-        loss = nn.functional.mse_loss(model(x), teacher(x).detach())
-        loss.backward()
+    if clock is not None:  # go on, on any number of ranks: the clock gives the state the form of the saved one
+        optimizer.set_clock(**clock)
+        state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
+    while optimizer.num_updates < stop:
+        (loss := nn.functional.mse_loss(model(x := torch.randn(32, 32)), x.flip(1))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder[0])
-A, B = optimizer.factors(model[0].weight)
-print(f"rank {os.environ['RANK']}: A {A.placements}, B {B.placements}, loss {loss.item():.4f}", flush=True)
-dist.destroy_process_group()
+    dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=f"{folder}{stop}")
+    print(f"{optimizer.num_restarts} restarts, A {optimizer.factors(model[0].weight)[0].placements}, {loss=:.3f}")
+    return {key: optimizer.param_groups[0][key] for key in ("num_updates", "num_restarts", "last_restart")}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")  # "nccl" on GPUs
+    dist.broadcast_object_list(folder := [tempfile.mkdtemp()])
+    main(f"{folder[0]}/35", 70, main(f"{folder[0]}/", 35, None))
+    dist.destroy_process_group()

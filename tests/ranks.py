@@ -6,7 +6,6 @@ are errors there too. A rank that fails or hangs takes the group down; the next 
 
 import datetime
 import os
-import socket
 import tempfile
 import traceback
 import warnings
@@ -60,11 +59,12 @@ class Ranks:
             self._workers.append((process, ours))
 
 
-def free_port() -> int:
-    """Return a port that is free now, for launchers that meet at one."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def reset_accelerate() -> None:
+    """Forget Accelerate's process-wide state, in which the settings of one Trainer would live on in the next."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import MLP, batch, differences, jagged_schedule, mlp, mse, relora, selected_weights
-from ranks import Ranks
+from ranks import Ranks, reset_accelerate
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -510,7 +510,7 @@ def accelerated(rank: int, is_sharded: bool) -> Any:
     assert all(isinstance(p, DTensor) == is_sharded for p in trained.values())
     for name, theirs in one.named_parameters():
         torch.testing.assert_close(whole(trained[name]), theirs.detach(), **CLOSE)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     return state({"model": dict(trained), "optimizer": optimizer.state_dict()["state"]})
 
 
@@ -538,7 +538,7 @@ def trainer_under_ddp(rank: int, folder: str) -> Any:
     made.remove_callback(single.PrinterCallback)
     made.train()
     single.close(single.weights(model), single.weights(single.plain_loop()[0]), atol=1e-5)
-    single.reset_accelerate()
+    reset_accelerate()
     return {"model": single.weights(model), "optimizer": made.optimizer.optimizer.state_dict()["state"]}
 
 

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from models import batch, differences, jagged_schedule, mlp, mse, relora, snapshot
+from ranks import reset_accelerate
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader
@@ -158,12 +159,6 @@ def test_the_trainer_in_bfloat16_stays_near_float32(tmp_path: Path) -> None:
 
 
 # ---- Accelerate
-
-
-def reset_accelerate() -> None:
-    """Forget the process-wide state, in which a Trainer's settings would live on."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 @pytest.fixture
