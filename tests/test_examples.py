@@ -16,7 +16,10 @@ from ranks import Ranks, reset_accelerate
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
 DISTRIBUTED = {path for path in EXAMPLES if "init_process_group" in path.read_text(encoding="utf-8")}
-OUTSIDE = {"with_lightning": "lightning"}  # what the `dev` extra does not bring; see examples/README.md
+OUTSIDE = {
+    "with_lightning": "lightning",
+    "with_bitsandbytes": "bitsandbytes",
+}  # what the `dev` extra does not bring; see examples/README.md
 SAYS = {  # what is printed at the end
     "ddp": r"rank \d: 2 restarts, loss 0\.\d+\n$",
     "ddp_functional": r"rank \d: 2720 of 8352 numbers an update, loss 0\.\d+\n$",
@@ -28,6 +31,7 @@ SAYS = {  # what is printed at the end
     "hf_trainer_functional": r"11 restarts; dense gradient: None\n$",
     "muon_beside_adamw": r"update 100: loss 0\.[01]\d+, restarts 4\n$",
     "plain_loop": r"60 updates, 2 restarts\n$",
+    "with_bitsandbytes": r"2 restarts, loss 0\.0\d+, \d+ bytes",
     "with_accelerate": r"60 updates, 2 restarts, loss 0\.[12]\d+\n$",
     "with_lightning": r"60 updates, 2 restarts",
 }
@@ -61,10 +65,12 @@ def printed_within_a_group(rank: int, path: Path) -> str:
 
 def test_every_example_is_named_here_and_has_at_most_forty_lines() -> None:
     assert {path.stem for path in EXAMPLES} == SAYS.keys()
+    index = (EXAMPLES[0].parent / "README.md").read_text(encoding="utf-8")
     for path in EXAMPLES:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 40, path.name
         assert f"examples/{path.name}" in text, f"{path.name} does not say how to run it"
+        assert f"| `{path.name}` |" in index
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in DISTRIBUTED], ids=ids)
