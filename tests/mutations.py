@@ -408,6 +408,48 @@ MUTATIONS = (
         "            if parameter is W and name != 'weight_ih_l0':\n",
         ("test_models.py", "oracles and recurrent"),
     ),
+    Mutation(
+        "let the factors' gradients outlast their step",
+        "gradients.py",
+        "            weight.A.grad = weight.B.grad = None",
+        "            pass",
+        ("test_functional.py", "test_zeroing_the_models_gradients_is_enough and functional"),
+    ),
+    Mutation(
+        "do not reduce the gradient of A over the ranks",
+        "gradients.py",
+        "gradient = laid_out_as(projection, factor)",
+        "gradient = factor.from_local(projection.to_local(), factor.device_mesh, factor.placements)",
+        ("test_distributed.py", "test_fsdp2_trains_what_one_process_trains and SGD"),
+    ),
+    Mutation(
+        "prune a sharded state by what this rank has of it",
+        "prune.py",
+        "moment.mul_(laid_out_as(kept.to(moment.dtype), moment))",
+        "(held := getattr(moment, '_local_tensor', moment)).mul_(kept.to(moment.dtype)[: len(held)])",
+        ("test_distributed.py", "test_fsdp2_trains_what_one_process_trains and magnitude"),
+    ),
+    Mutation(
+        "clip by the norm of this rank's part",
+        "gradients.py",
+        "[p.grad for p in part if p.grad is not None]",
+        "[getattr(p.grad, '_local_tensor', p.grad) for p in part]",
+        ("test_distributed.py", "test_fsdp2_trains_what_one_process_trains and clipped"),
+    ),
+    Mutation(
+        "leave every rank its own weights under the functional model",
+        "step.py",
+        "torch.distributed.broadcast(W.detach(), group=ddp.process_group, group_src=0)",
+        "pass",
+        ("test_distributed.py", "test_ddp_around_the_functional_model_starts_from_the_first and float32"),
+    ),
+    Mutation(
+        "take a DistributedDataParallel from before the switch",
+        "step.py",
+        "            _refuse_stale(ddp, self)\n",
+        "",
+        ("test_distributed.py", "test_ddp_around_the_functional_model_communicates and None-kaiming"),
+    ),
 )
 
 

@@ -78,6 +78,9 @@ def test_the_conv1d_of_transformers_is_low_rank_by_default_and_a_namesake_is_not
     namesake = type("Conv1D", (nn.Module,), {})()
     namesake.weight = nn.Parameter(torch.randn(8, 8))
     assert select(nn.ModuleDict({"gpt": Conv1D(7, 8), "own": namesake})) == ["gpt.weight"]
+    sharded = Conv1D(7, 8)
+    sharded.__class__ = type("FSDPConv1D", (Conv1D,), {})  # as fully_shard does with whatever it is given
+    assert select(nn.ModuleDict({"gpt": sharded})) == ["gpt.weight"]
 
 
 def test_subclasses_of_linear_are_linear_layers() -> None:
