@@ -165,7 +165,7 @@ MUTATIONS = (
     Mutation(
         "prune every moment by a mask of its own",
         "prune.py",
-        "moment.copy_(_value(moment) * kept)",
+        "moment.copy_(value * laid_out_as(kept.to(value.dtype), moment))",
         "moment.mul_(_largest(moment.abs(), int(kept.sum())).to(moment.dtype))",
         ("test_laws_prune.py", "one_mask_for_every_moment"),
     ),
@@ -425,7 +425,7 @@ MUTATIONS = (
     Mutation(
         "prune a sharded state by what this rank has of it",
         "prune.py",
-        "moment.mul_(laid_out_as(kept.to(moment.dtype), moment))",
+        "moment.copy_(value * laid_out_as(kept.to(value.dtype), moment))",
         "(held := getattr(moment, '_local_tensor', moment)).mul_(kept.to(moment.dtype)[: len(held)])",
         ("test_distributed.py", "test_fsdp2_trains_what_one_process_trains and magnitude"),
     ),
