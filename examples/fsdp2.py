@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
 
-def main(folder: str, stop: int, clock: dict[str, int] | None) -> dict[str, int]:
+def main(folder: str, stop: int, clock: dict | None) -> dict:
     model = fully_shard(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)))
     schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
     optimizer = ReLoRAOptimizer(model, rank=8, targets=["0", "2"], schedule=schedule, max_grad_norm=1.0, lr=3e-3)
@@ -30,7 +30,7 @@ def main(folder: str, stop: int, clock: dict[str, int] | None) -> dict[str, int]
         optimizer.zero_grad()
     dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=f"{folder}{stop}")
     print(f"{optimizer.num_restarts} restarts, A {optimizer.factors(model[0].weight)[0].placements}, {loss=:.3f}")
-    return {key: optimizer.param_groups[0][key] for key in ("num_updates", "num_restarts", "last_restart")}
+    return optimizer.clock
 
 
 if __name__ == "__main__":
