@@ -220,6 +220,7 @@ def confirm() -> list[Spec]:
         ("full-rank Muon", "muon", {"lr": 4e-3, "rest_lr": 8e-3}),
         ("full-rank AdamW", "full", {"lr": 2.8e-3, "rest_lr": 16e-3}),
         ("LoRA, matched scale, rank 16", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **MATCHED, "rank": 16}),
+        ("LoRA, matched scale, Muon", "relora", {"lr": 4e-3, "rest_lr": 16e-3, **MATCHED, "base": "muon"}),
     ]
     return _on_all_texts(trials)
 
@@ -228,9 +229,9 @@ def confirm_rivals() -> list[Spec]:
     """The rivals with the best settings of their grids, and a smaller full-rank model with as many trained numbers."""
     smaller: dict[str, Any] = {"width": 96, "inner": 258}
     trials: list[tuple[str, str, dict[str, Any]]] = [
-        ("PEFT merge-and-reset", "peft", {"lr": 2e-3, "rest_lr": 8e-3, **PEFT}),
-        ("galore-torch", "galore", {"lr": 8e-3, "rest_lr": 8e-3, **GALORE}),
-        ("ReLoRA, the paper's settings", "relora", {"lr": 4e-3, "rest_lr": 8e-3, **PAPER}),
+        ("PEFT merge-and-reset", "peft", {"lr": 4e-3, "rest_lr": 8e-3, **PEFT}),
+        ("galore-torch", "galore", {"lr": 16e-3, "rest_lr": 8e-3, **GALORE}),
+        ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER}),
         ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **smaller}),
         ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 4e-3, "rest_lr": 8e-3, **APOLLO}),
     ]
