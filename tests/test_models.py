@@ -2,6 +2,7 @@
 
 The models are those of zoo.py and zoo_transformers.py, the oracle is tests/materialised.py, all in float64. The oracle
 and every path get models of their own with the same numbers, because buffers change in every forward pass.
+transformers computes some norms, softmaxes and losses in float32 all the same; both sides round alike there.
 """
 
 from collections.abc import Callable

@@ -159,7 +159,8 @@ def test_the_compiled_step_trains_it_as_the_eager_one_does(
             torch.manual_seed(1)
             runs[-1].append(float(step(**case.inputs(torch.float64))))
         assert optimizer.num_restarts == 2
-    assert runs[1] == pytest.approx(runs[0], rel=1e-7)  # a kernel sums in another order; AdamW may enlarge it
+    # Kernels sum in another order, and transformers computes norms and losses in float32, whatever the weights are.
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
 
 
 def without_dropout(model: nn.Module) -> None:
