@@ -30,6 +30,18 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; a mistake of the user's ends with one sentence and status 2."""
     try:
+        _run()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Threads of gloo that outlive their process group abort the interpreter while it shuts down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 0)
+        raise
+
+
+def _run() -> None:
+    try:
         app(args=_spread_data(sys.argv[1:]))
     except UserError as error:
         if os.environ.get("RANK", "0") != "0" and not isinstance(error, ProcessError):

@@ -15,12 +15,12 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import nn
 
-from relora_opt import ReLoRAOptimizer, save_merged
+from relora_opt import save_merged
 
 from .config import UserError
 from .model import Llama, load_weights
@@ -55,8 +55,8 @@ class Progress:
     corpus: str = ""
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint and delete all but the newest `keep`.
+def save_checkpoint(run: Path, model: nn.Module, state: dict[str, Any], progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint of a model and its optimizer's state, and delete all but the newest `keep`.
 
     Where this update has one already, only its progress is written again: weights and optimizer are the same.
 
@@ -72,7 +72,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: ReLoRAOptimizer, pro
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_merged(model, partial / _WEIGHTS, max_shard_size="1000000GB")
-        torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
+        torch.save(state, partial / _OPTIMIZER)
         _write_progress(partial, progress)
         _flush(partial)
         os.replace(partial, folder)
@@ -150,7 +150,13 @@ def read_progress(checkpoint: Path) -> Progress:
         ) from error
 
 
-def load_checkpoint(checkpoint: Path, model: Llama, optimizer: ReLoRAOptimizer | None = None) -> Progress:
+class Loadable(Protocol):
+    """An optimizer, as far as loading goes."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def load_checkpoint(checkpoint: Path, model: Llama, optimizer: Loadable | None = None) -> Progress:
     """Load weights, and the optimizer where one is given, in place.
 
     Raises:
@@ -159,19 +165,28 @@ def load_checkpoint(checkpoint: Path, model: Llama, optimizer: ReLoRAOptimizer |
     progress = read_progress(checkpoint)
     load_weights(model, checkpoint)
     if optimizer is not None:
-        path = checkpoint / _OPTIMIZER
-        remedy = f"delete the folder {checkpoint} to go on from an earlier one"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises whatever its bytes suggest; torch's advice is not for it
-            raise UserError(
-                f"{path} cannot be loaded: it is damaged, or no optimizer's state ({type(error).__name__}); {remedy}"
-            ) from error
-        try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be loaded: {error}; {remedy}") from error
+        load_state(checkpoint, optimizer)
     return progress
+
+
+def load_state(checkpoint: Path, optimizer: Loadable) -> None:
+    """Load the optimizer's state, in place.
+
+    Raises:
+        UserError: for a damaged file or a state that does not fit.
+    """
+    path = checkpoint / _OPTIMIZER
+    remedy = f"delete the folder {checkpoint} to go on from an earlier one"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its bytes suggest; torch's advice is not for it
+        raise UserError(
+            f"{path} cannot be loaded: it is damaged, or no optimizer's state ({type(error).__name__}); {remedy}"
+        ) from error
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be loaded: {error}; {remedy}") from error
 
 
 def _check_types(progress: Progress) -> None:

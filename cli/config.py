@@ -98,6 +98,10 @@ class Config:
 
     dtype: str = _option("Matrix products in auto, float32 or bfloat16. (default: auto)", panel=_MACHINE)
     compile: bool = _option("Compile the step. (default: with an accelerator)", panel=_MACHINE)
+    shard: bool = _option(
+        "Share weights and optimizer state out over the processes (FSDP2). (default: every process has all)",
+        panel=_MACHINE,
+    )
     device: str = _option("auto, cpu, cuda, ... (default: auto)", panel=_MACHINE)
     threads: int | None = _option("CPU threads. (default: torch's choice)", panel=_MACHINE)
 
@@ -127,6 +131,7 @@ _GENERAL: Options = {
     "prune": "reset",
     "dtype": "auto",
     "device": "auto",
+    "shard": False,
     "keep": 2,
     "seed": 0,
 }

@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from relora_opt import ReLoRAOptimizer, memory
 
 from .build import autocast_dtype, find_device, make_optimizer, model_config, with_vocabulary
-from .checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from .checkpoint import Progress, latest_checkpoint, load_state, read_progress, save_checkpoint
 from .config import Config, UserError, load_config_file, resolve, to_toml
 from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
@@ -39,6 +39,7 @@ from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
 from .parallel import LostProcessError, World, noticing_losses, world
 from .plot import plot_runs
 from .report import Summary, View, print_summary
+from .shard import DenseStep, WholeState, gather, shard
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.toml"
 _EVAL_SEQUENCES = 256  # drawn once from the held-out documents
@@ -58,6 +59,10 @@ class Run:
     progress: Progress
     processes: World
 
+    @property
+    def is_sharded(self) -> bool:
+        return _is_sharded(self.config, self.processes)
+
 
 def start_run(config: Config) -> None:
     """Train from the beginning, or from `init_from`, in a new folder."""
@@ -65,8 +70,9 @@ def start_run(config: Config) -> None:
         out = processes.from_main(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
         config = replace(config, out=out)
         processes.on_main(lambda: _check_new(Path(out)))
-        run = processes.main_first(lambda: _begin(config, processes))
+        run = _begin(config, processes)
         processes.on_main(lambda: _write_folder(run))
+        _save(run)
         train(run)
 
 
@@ -83,7 +89,7 @@ def resume_run(folder: Path) -> None:
         if progress.is_finished:
             _say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
             return
-        run = processes.main_first(lambda: _restore(config, checkpoint, processes))
+        run = _restore(config, checkpoint, processes)
         # A run that has made no update evaluates again, and writes its first row again.
         processes.on_main(lambda: truncate_metrics(folder / _METRICS, after_update=progress.update or -1))
         _say(processes, f"resuming {folder} after update {progress.update}")
@@ -103,16 +109,18 @@ def train(run: Run) -> None:
                 is_last = optimizer.num_updates == config.steps
                 is_stopped = processes.sum(float(interrupts.is_stopped)) != [0.0]
                 if optimizer.num_updates % config.save_every == 0 or is_last or is_stopped:
-                    processes.on_main(lambda: _save(run, is_finished=False))
+                    _save(run)
                 if is_stopped and not is_last:
                     view.say(f"stopped; to go on: relora-opt pretrain --resume {run.folder}")
                     raise SystemExit(130)
         except LostProcessError:
             if processes.is_main:
-                _save(run, is_finished=False)
-                view.say(f"saved after update {run.progress.update}; to go on, resume {run.folder}")
+                if not run.is_sharded:  # what others held of a sharded run is gone
+                    _write_checkpoint(run, run.model, optimizer.state_dict())
+                saved = read_progress(latest_checkpoint(run.folder)).update
+                view.say(f"saved after update {saved}; to go on, resume {run.folder}")
             raise
-    processes.on_main(lambda: _close(run))
+    _close(run)
 
 
 class _Loop:
@@ -126,16 +134,22 @@ class _Loop:
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
         self.micro_batch_size = min(config.micro_batch_size, config.batch_size // run.processes.size)
         self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
-        self.step = run.optimizer.make_step(
+        self.step = self._make_step()
+        self.validation = _validation_set(run.corpus, config).to(self.device)
+        self.num_skips = 0
+
+    def _make_step(self) -> Callable[[Tensor], Tensor]:
+        run = self.run
+        if run.is_sharded:
+            return DenseStep(run.optimizer, run.model, self._loss, accumulate=self.accumulate, processes=run.processes)
+        return run.optimizer.make_step(
             run.model,
             self._loss,
-            compile=config.compile,
+            compile=run.config.compile,
             accumulate=self.accumulate,
             skip_nonfinite=True,
             process_group=run.processes.group,
         )
-        self.validation = run.processes.share(_validation_set(run.corpus, config)).to(self.device)
-        self.num_skips = 0
 
     def attempt(self) -> None:
         """Serve one batch, and do what is due after its update."""
@@ -179,12 +193,15 @@ class _Loop:
 
     @torch.no_grad()
     def _validate(self, *, is_switch: bool) -> float:
-        model = self.run.model.eval()
-        parts = [part for part in torch.split(self.validation, self.micro_batch_size) if len(part)]
-        own = sum(float(self._loss(model, part)) * len(part) for part in parts)
+        model, processes = self.run.model.eval(), self.run.processes
+        own = 0.0
+        for part in torch.split(self.validation, self.micro_batch_size * processes.size):
+            share = processes.share(part)
+            if len(share) or self.run.is_sharded:  # sharded models are called by all processes or none
+                loss = float(self._loss(model, share if len(share) else part[:1]))
+                own += loss * len(share)
         model.train()
-        total, count = self.run.processes.sum(own, float(len(self.validation)))
-        val_loss = total / count
+        val_loss = processes.sum(own)[0] / len(self.validation)
         self.run.progress = replace(self.run.progress, val_loss=val_loss)
         if is_switch:
             self.run.progress = replace(self.run.progress, val_loss_switch=val_loss)
@@ -261,21 +278,27 @@ def _check_new(folder: Path) -> None:
 
 def _begin(config: Config, processes: World) -> Run:
     """Return a run at its beginning."""
+    if config.shard and processes.size == 1:
+        raise UserError("shard=True, but there is one process: start several with torchrun, or leave it out")
     shape = model_config(config)
     with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
         make_optimizer(Llama(shape), config)
-    run = _prepare(config, shape, processes)
-    if config.init_from:
-        load_weights(run.model, config.init_from)
-    else:
-        init_weights(run.model, seed=config.seed)
-    return run
+
+    def set_weights(model: Llama) -> None:
+        if config.init_from:
+            load_weights(model, config.init_from)
+        else:
+            init_weights(model, seed=config.seed)
+
+    return _prepare(config, shape, processes, set_weights)
 
 
 def _restore(config: Config, checkpoint: Path, processes: World) -> Run:
     """Return a run as it was at a checkpoint."""
-    run = _prepare(config, load_config(Path(config.out) / MODEL_CONFIG), processes)
-    run.progress = load_checkpoint(checkpoint, run.model, run.optimizer)
+    shape = load_config(Path(config.out) / MODEL_CONFIG)
+    run = _prepare(config, shape, processes, lambda model: load_weights(model, checkpoint))
+    run.progress = read_progress(checkpoint)
+    load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
     if run.progress.corpus != run.corpus.fingerprint:
         raise UserError(
             f"the texts are not those that {config.out} was trained on (data={list(config.data)}): restore them, or "
@@ -284,25 +307,34 @@ def _restore(config: Config, checkpoint: Path, processes: World) -> Run:
     return run
 
 
-def _prepare(config: Config, shape: LlamaConfig, processes: World) -> Run:
-    """Read the texts and build what the loop works on; the model's weights are not set yet."""
+def _prepare(config: Config, shape: LlamaConfig, processes: World, set_weights: Callable[[Llama], None]) -> Run:
+    """Read the texts and build what the loop works on."""
     _check_shares(config, processes)
     _set_threads(config)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
     with console.status("reading and tokenizing the texts"):
-        corpus = prepare(
-            config.data,
-            text_field=config.text_field,
-            vocab_size=config.vocab_size or shape.vocab_size,
-            tokenizer=_tokenizer_file(config, folder),
-            seq_len=config.seq_len,
+        corpus = processes.main_first(
+            lambda: prepare(
+                config.data,
+                text_field=config.text_field,
+                vocab_size=config.vocab_size or shape.vocab_size,
+                tokenizer=_tokenizer_file(config, folder),
+                seq_len=config.seq_len,
+            )
         )
     shape = with_vocabulary(shape, corpus, config)
     device = find_device(config)
     model = Llama(shape).to(device)
+    set_weights(model)
+    if _is_sharded(config, processes):
+        shard(model, compile=config.compile)
     optimizer = make_optimizer(model, config)
     progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
     return Run(config, folder, console, corpus, model, optimizer, progress, processes)
+
+
+def _is_sharded(config: Config, processes: World) -> bool:
+    return config.shard and processes.size > 1
 
 
 def _check_shares(config: Config, processes: World) -> None:
@@ -320,12 +352,18 @@ def _check_shares(config: Config, processes: World) -> None:
 
 
 def _close(run: Run) -> None:
-    """Export, draw and say how it went."""
+    """Export, draw, say how it went, and save for the last time: a run without that is closed again by resuming."""
+    model, state = _gathered(run)
+    run.processes.on_main(lambda: _close_on_main(run, model, state))
+
+
+def _close_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
     config, folder, progress = run.config, run.folder, run.progress
     shutil.rmtree(folder / "export", ignore_errors=True)  # of a run that was killed right here
-    export = write_export(run.model, run.corpus.tokenizer, folder / "export")
+    export = write_export(model, run.corpus.tokenizer, folder / "export")
     curves = plot_runs([folder], None)
-    _save(run, is_finished=True)
+    run.progress = replace(run.progress, is_finished=True)
+    _write_checkpoint(run, model, state)
     sizes = memory(run.optimizer)
     tokens = progress.update * config.batch_size * config.seq_len
     summary = Summary(
@@ -349,9 +387,19 @@ def _close(run: Run) -> None:
     print_summary(summary, console=run.console)
 
 
-def _save(run: Run, *, is_finished: bool) -> None:
-    run.progress = replace(run.progress, is_finished=is_finished)
-    save_checkpoint(run.folder, run.model, run.optimizer, run.progress, keep=run.config.keep)
+def _save(run: Run) -> None:
+    """Write a checkpoint: all processes must call."""
+    model, state = _gathered(run)
+    run.processes.on_main(lambda: _write_checkpoint(run, model, state))
+
+
+def _gathered(run: Run) -> tuple[Llama, dict[str, Any]]:
+    """Return the whole model and the optimizer's state; of sharded runs, on the main process alone."""
+    return gather(run.model, run.optimizer) if run.is_sharded else (run.model, run.optimizer.state_dict())
+
+
+def _write_checkpoint(run: Run, model: Llama, state: dict[str, Any]) -> None:
+    save_checkpoint(run.folder, model, state, run.progress, keep=run.config.keep)
 
 
 def _write_folder(run: Run) -> None:
@@ -365,7 +413,6 @@ def _write_folder(run: Run) -> None:
         run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
     except OSError as error:
         raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror or error}") from error
-    _save(run, is_finished=False)
 
 
 def _validation_set(corpus: Corpus, config: Config) -> Tensor:

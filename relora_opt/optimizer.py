@@ -180,6 +180,8 @@ class ReLoRAOptimizer(Optimizer):
         if self._amp_skips():
             return loss
         counts = not self._is_phantom()
+        if counts and self.num_updates == 0:
+            self._begin()
         self._make_entries()
         base = self._inner.current(self.param_groups, self.state)
         if counts:
@@ -187,10 +189,11 @@ class ReLoRAOptimizer(Optimizer):
         with gradients.projected(self._low_rank_weights()):
             if counts:
                 self._sketch()
-            if self.max_grad_norm is not None:
+            if self.max_grad_norm is not None and counts:
                 parameters = [p for group in base.param_groups for p in group["params"]]
                 self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
-            self._last_lr = self._inner.set_rates(self.param_groups, self._rates())
+            rates = self._inner.set_rates(self.param_groups, self._rates())
+            self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
             result = inner.step(base, closure if self._passes_closure else None)
@@ -632,6 +635,15 @@ class ReLoRAOptimizer(Optimizer):
         for selected in self._selected():
             self.state.pop(selected.W, None)
         self._make_entries()
+
+    def _begin(self) -> None:
+        """Drop what a phantom step, of a state taken before the first update, has made up: step counts, say."""
+        for p, entry in list(self.state.items()):
+            if is_low_rank(entry):
+                entry.update(A_state={}, B_state={})
+            else:
+                del self.state[p]
+            self._inner = inner.Inner(self._base)
 
     def _forget(self, names: Collection[str]) -> None:
         """Take from the state what the phantom step has made up for the factors of these weights."""

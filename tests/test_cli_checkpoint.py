@@ -52,7 +52,12 @@ def train(model: Llama, optimizer: ReLoRAOptimizer, count: int) -> None:
 
 
 def save(run: Path, trained: Trained, update: int, *, keep: int = 2) -> Path:
-    return save_checkpoint(run, *trained, replace(PROGRESS, update=update), keep=keep)
+    return save_checkpoint(run, *stated(trained), replace(PROGRESS, update=update), keep=keep)
+
+
+def stated(trained: Trained) -> tuple[Llama, dict[str, Any]]:
+    model, optimizer = trained
+    return model, optimizer.state_dict()
 
 
 def names(run: Path) -> list[str]:
@@ -70,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_loaded_is_what_was_saved_and_goes_on_bitwise(num_updates: int, tmp_path: Path) -> None:
     model, optimizer = build(num_updates)
     progress = replace(PROGRESS, update=num_updates)
-    folder = save_checkpoint(tmp_path, model, optimizer, progress, keep=2)
+    folder = save_checkpoint(tmp_path, model, optimizer.state_dict(), progress, keep=2)
     assert folder == latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / f"{num_updates:08d}"
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.pt", "progress.json"]
     other, fresh = build(seed=1)
@@ -101,11 +106,11 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     "progress", [PROGRESS, Progress(0, 0, 0.0), replace(PROGRESS, is_finished=True, val_loss=None)]
 )
 def test_progress_is_read_back_as_it_was(progress: Progress, tmp_path: Path) -> None:
-    assert read_progress(save_checkpoint(tmp_path, *build(), progress, keep=1)) == progress
+    assert read_progress(save_checkpoint(tmp_path, *stated(build()), progress, keep=1)) == progress
 
 
 def test_a_loss_that_is_not_finite_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, *build(), replace(PROGRESS, val_loss=float("inf")), keep=1)
+    folder = save_checkpoint(tmp_path, *stated(build()), replace(PROGRESS, val_loss=float("inf")), keep=1)
     assert read_progress(folder).val_loss == float("inf")
 
 
@@ -126,7 +131,7 @@ def test_the_newest_are_kept_and_the_latest_is_the_highest(keep: int, tmp_path: 
 def test_saving_an_update_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     trained = build(3)
     folder = save(tmp_path, trained, 3)
-    save_checkpoint(tmp_path, *trained, replace(PROGRESS, update=3, is_finished=True), keep=2)
+    save_checkpoint(tmp_path, *stated(trained), replace(PROGRESS, update=3, is_finished=True), keep=2)
     assert names(tmp_path) == ["00000003"]
     assert read_progress(folder).is_finished
 

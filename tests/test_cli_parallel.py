@@ -95,9 +95,10 @@ def options(text: Path, *, steps: int = 12) -> list[Any]:
     return [*OPTIONS.split(), "--steps", steps, "--data", text, "--dtype", "float32", "--no-compile"]
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("extra", [("--micro-batch-size", 2), ("--shard",)], ids=str)
+def test_two_processes_train_what_one_does(tmp_path: Path, text: Path, extra: tuple[Any, ...]) -> None:
     pretrain(tmp_path, 1, *options(text), "--out", "one", "--eval-every", 4).check_returncode()
-    two = pretrain(tmp_path, 2, *options(text), "--out", "two", "--eval-every", 4, "--micro-batch-size", 2)
+    two = pretrain(tmp_path, 2, *options(text), "--out", "two", "--eval-every", 4, *extra)
     two.check_returncode()
     assert two.stdout.count("update 12/12") == 1  # the first process alone speaks
     one, other = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -108,6 +109,29 @@ def test_two_processes_train_what_one_does(tmp_path: Path, text: Path) -> None:
     exports = [load_file(tmp_path / run / "export" / "model.safetensors") for run in ("one", "two")]
     for name, weight in exports[0].items():
         torch.testing.assert_close(exports[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("save_every", [2, 3, 9])  # in the warm start, at the switch, in the second cycle
+def test_a_sharded_run_goes_on_sharded_or_not(
+    tmp_path: Path, text: Path, first: int, second: int, save_every: int
+) -> None:
+    """A run of one process that says `shard` is not sharded; its checkpoints are the same."""
+    pretrain(tmp_path, 1, *options(text), "--out", "whole").check_returncode()
+    shard = ["--shard"] if first > 1 else []
+    pretrain(
+        tmp_path, first, *options(text), *shard, "--out", "run", "--save-every", save_every, "--keep", 9
+    ).check_returncode()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("shard = false", "shard = true"))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name) > save_every:
+            shutil.rmtree(path)
+    pretrain(tmp_path, second, "--resume", "run").check_returncode()
+    whole, resumed = rows(tmp_path / "whole"), rows(tmp_path / "run")
+    assert column(whole, "update") == column(resumed, "update")
+    assert column(whole, "loss") == pytest.approx(column(resumed, "loss"), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -154,6 +178,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path: Path, text: Pat
     assert run.returncode != 0
     message = "relora-opt: batch_size=9 does not divide among 2 processes: make it a multiple"
     assert (run.stdout + run.stderr).count(message) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_cannot_be_sharded(tmp_path: Path, text: Path) -> None:
+    run = pretrain(tmp_path, 1, *options(text), "--shard", "--out", "run")
+    assert run.returncode == 2
+    assert "shard=True, but there is one process: start several with torchrun" in " ".join(run.stderr.split())
     assert not (tmp_path / "run").exists()
 
 

@@ -141,3 +141,14 @@ def test_the_phantom_step_makes_up_nothing_for_factors_that_have_made_no_update(
         run("dense", made, 0, 1)
         runs.append({name: made[1].factors(weight) for name, weight in selected_weights(made[0]).items()})
     assert not differences(*runs)
+
+
+@pytest.mark.parametrize("warm_start", [0, 3])
+@pytest.mark.parametrize("path", ["dense", "functional"])
+@pytest.mark.parametrize("case", CASES)
+def test_taking_the_state_before_the_first_update_changes_nothing(case: str, path: str, warm_start: int) -> None:
+    taken, untouched = (build(case, torch.float32, warm_start=warm_start) for _ in range(2))
+    packed(taken, StateDictOptions())
+    assert taken[1].grad_norm is None
+    assert taken[1].last_lr() == untouched[1].last_lr()
+    assert not differences(run(path, taken, 0, 6), run(path, untouched, 0, 6))

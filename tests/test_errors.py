@@ -127,7 +127,10 @@ MISTAKES = {
     ),
     "a group without parameters": Mistake(lambda: low_rank([{"lr": 0.1}]), ValueError, "['lr']", "give it its param"),
     "a parameter of integers": Mistake(
-        lambda: low_rank([("a", torch.ones(3, 3, dtype=torch.int64))], targets=["a"]), ValueError, "torch.int64", "leave it out"
+        lambda: low_rank([("a", torch.ones(3, 3, dtype=torch.int64))], targets=["a"]),
+        ValueError,
+        "torch.int64",
+        "leave it out",
     ),
     "added, a list": Mistake(lambda: used().add_param_group([WEIGHT]), TypeError, "a list", "a dictionary with params"),
     "added, without parameters": Mistake(
