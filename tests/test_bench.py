@@ -170,10 +170,12 @@ def test_texts_with_several_seeds_come_into_one_table(tmp_path: Path, monkeypatc
         ("Muon", 1e-3, "python"): [3.0],
     }
     for (name, lr, text), values in losses.items():
-        for seed, loss in enumerate(values):
+        for seed, loss in enumerate(values, start=1):
             spec = Spec(name, "full", {"lr": lr, "name": name}, "w128", text, 10, seed)
             result = {"spec": vars(spec), "val_loss": loss, "num_trainable": 1, "num_parameters": 2}
             spec.path.write_text(json.dumps(result))
+    tuned = Spec("LoRA", "full", {"lr": 1e-3, "name": "LoRA"}, "w128", "sotu", 10, convergence.TUNING_SEED)
+    tuned.path.write_text(json.dumps({"spec": vars(tuned), "val_loss": 9.0, "num_trainable": 1, "num_parameters": 2}))
     report.write_report(tmp_path / "report.md")
     table = (tmp_path / "report.md").read_text().split("over texts and seeds")[1]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
