@@ -221,6 +221,11 @@ def confirm() -> list[Spec]:
         ("full-rank AdamW", "full", {"lr": 2.8e-3, "rest_lr": 16e-3}),
         ("LoRA, matched scale, rank 16", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **MATCHED, "rank": 16}),
         ("LoRA, matched scale, Muon", "relora", {"lr": 4e-3, "rest_lr": 16e-3, **MATCHED, "base": "muon"}),
+        (
+            "LoRA, matched scale, Muon, rank 16",
+            "relora",
+            {"lr": 4e-3, "rest_lr": 8e-3, **MATCHED, "base": "muon", "rank": 16},
+        ),
     ]
     return _on_all_texts(trials)
 

@@ -267,6 +267,7 @@ class ReLoRAOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        state_dict = self._with_empty_states(state_dict)
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
         for selected, saved in self._saved_entries(state_dict):
             check_layout(selected.W, saved, selected.slot.name)
@@ -523,15 +524,32 @@ class ReLoRAOptimizer(Optimizer):
 
     def _saved_entries(self, state_dict: dict[str, Any]) -> Iterator[tuple[_Selected, Entry]]:
         """Yield the selected weights that have factors in a saved state, with these."""
-        indices = [
-            index
-            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True)
-            for index in (saved_group["params"] if group["rank"] else ())
-        ]
-        for selected, index in zip(self._selected(), indices, strict=False):  # torch refuses other numbers of them
+        for selected, index in self._saved_indices(state_dict):
             saved = state_dict["state"].get(index)
             if is_low_rank(saved):
                 yield selected, saved
+
+    def _saved_indices(self, state_dict: dict[str, Any]) -> Iterator[tuple[_Selected, int]]:
+        """Yield the selected weights with their numbers in a saved state; torch refuses other numbers of them."""
+        indices = [
+            index
+            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False)
+            for index in (saved_group["params"] if group["rank"] else ())
+        ]
+        return zip(self._selected(), indices, strict=False)
+
+    def _with_empty_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Put back the empty states of weights that `set_clock` called fresh.
+
+        torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary.
+        """
+        if not self._fresh or not {"state", "param_groups"} <= state_dict.keys():
+            return state_dict
+        state = dict(state_dict["state"])
+        for selected, index in self._saved_indices(state_dict):
+            if selected.slot.name in self._fresh and is_low_rank(state.get(index)):
+                state[index] = {"A_state": {}, "B_state": {}, **state[index]}
+        return {**state_dict, "state": state}
 
     def _find(self, parameter: Tensor) -> _Selected:
         for selected in self._selected():

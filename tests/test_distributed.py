@@ -252,6 +252,25 @@ def test_a_full_state_dict_loads_sharded_or_not_and_a_bare_one_is_refused_across
     ranks.run(through_full_state_dicts)
 
 
+def through_full_state_dicts_at_the_switch(rank: int) -> None:
+    model, optimizer = build({}, is_sharded=True, seed=0)
+    train(model, optimizer, range(3), rank)
+    assert optimizer.is_low_rank
+    assert optimizer.clock["fresh"] == optimizer.selected
+    weights = get_model_state_dict(model, options=FULL)
+    rest = get_optimizer_state_dict(model, optimizer, options=FULL)
+    other, fresh = build({}, optimizer.clock, is_sharded=True)
+    set_model_state_dict(other, copy.deepcopy(weights), options=FULL)
+    set_optimizer_state_dict(other, fresh, copy.deepcopy(rest), options=FULL)
+    train(model, optimizer, range(3, 6), rank)
+    train(other, fresh, range(3, 6), rank)
+    assert not differences(state(fresh.state_dict()["state"]), state(optimizer.state_dict()["state"]))
+
+
+def test_a_full_state_dict_of_the_switch_loads_too(ranks: Ranks) -> None:
+    ranks.run(through_full_state_dicts_at_the_switch)
+
+
 def what_sharded_weights_refuse(rank: int, folder: str) -> tuple[int, int]:
     model, optimizer = build({}, is_sharded=True, seed=0)
     for make in (optimizer.functional, lambda model: optimizer.make_step(model, mse)):
