@@ -24,7 +24,7 @@ def draw_methods(path: Path, place: tuple[str, str, int]) -> bool:
     ordered = best_of_each([row for row in rows() if row.place == place])[::-1]
     if len(ordered) < 2:
         return False
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(ordered) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(ordered) + 1.6), layout="constrained")
     for y, row in enumerate(ordered):
         is_full, losses = row.name == FULL, list(row.by_seed.values())
         axes.plot(losses, [y] * len(losses), "o", color="#c2410c" if is_full else "#1d4ed8", alpha=0.5)
@@ -33,8 +33,10 @@ def draw_methods(path: Path, place: tuple[str, str, int]) -> bool:
             axes.axvline(row.mean, color="#c2410c", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(ordered)), [row.name for row in ordered])
     size, text, steps = place
-    axes.set_xlabel("validation loss, nats per token (bar: mean of the seeds)")
-    axes.set_title(f"{text}, {size}, {steps} updates, best settings of each", loc="left", fontsize=11)
+    axes.set_xlabel("validation loss, nats per token")
+    figure.suptitle(
+        f"{text}, {size}, {steps} updates: best settings of each; a dot a seed, a bar their mean", x=0.01, ha="left"
+    )
     _finish(figure, axes, path)
     return True
 
