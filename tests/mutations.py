@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation(
         "forget to clip",
         "optimizer.py",
-        "            if self.max_grad_norm is not None:\n",
+        "            if self.max_grad_norm is not None and counts:\n",
         "            if False:\n",
         ("test_laws_reference.py", WALK),
     ),

@@ -70,6 +70,7 @@ def reset_accelerate() -> None:
 def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ["OMP_NUM_THREADS"] = "1"  # Accelerate warns where it must choose
     limit = datetime.timedelta(seconds=SECONDS / 2)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
     while True:

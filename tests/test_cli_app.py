@@ -58,9 +58,13 @@ def flags() -> dict[str, list[str]]:
     return {parameter.name: [*parameter.opts, *parameter.secondary_opts] for parameter in pretrain.params}
 
 
+SWITCHES = ("compile", "shard")
+
+
 def test_every_option_is_a_flag_in_kebab_case_and_has_a_help_and_a_panel() -> None:
     expected = {name: [f"--{name.replace('_', '-')}"] for name in (*FIELDS, "config", "resume")}
-    expected["compile"].append("--no-compile")
+    for name in SWITCHES:
+        expected[name].append(f"--no-{name}")
     assert flags() == expected
     assert all(item.metadata["help"] and item.metadata["panel"] for item in FIELDS.values())
 
@@ -115,12 +119,18 @@ def test_a_flag_sets_its_option_and_no_other(name: str, started: list[Config]) -
 
 
 def test_every_option_has_been_tried() -> None:
-    assert {*VALUES, "data", "compile"} == set(FIELDS)
+    assert {*VALUES, *SWITCHES, "data"} == set(FIELDS)
 
 
 def test_pretrain_with_no_argument_is_the_defaults(started: list[Config]) -> None:
     assert run("pretrain") == 0
     assert started == [resolve({})]
+
+
+def test_shard_and_no_shard_are_told_from_each_other(started: list[Config]) -> None:
+    for words in (["--shard"], ["--no-shard"], []):
+        assert run("pretrain", *words) == 0
+    assert [config.shard for config in started] == [True, False, False]
 
 
 def test_compile_and_no_compile_are_told_from_neither(started: list[Config]) -> None:
