@@ -31,7 +31,7 @@ from relora_opt import ReLoRAOptimizer, memory
 
 from .build import autocast_dtype, find_device, make_optimizer, model_config, with_vocabulary
 from .checkpoint import Progress, latest_checkpoint, load_state, read_progress, save_checkpoint
-from .config import Config, UserError, load_config_file, resolve, to_toml
+from .config import Config, ProcessError, UserError, load_config_file, resolve, to_toml
 from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
 from .metrics import Phase, Row, truncate_metrics
@@ -322,6 +322,8 @@ def _prepare(config: Config, shape: LlamaConfig, processes: World, set_weights: 
                 seq_len=config.seq_len,
             )
         )
+    if processes.from_main(corpus.fingerprint) != corpus.fingerprint:
+        raise ProcessError(f"rank {processes.rank}: its texts are not those of rank 0 (data={list(config.data)})")
     shape = with_vocabulary(shape, corpus, config)
     device = find_device(config)
     model = Llama(shape).to(device)

@@ -79,18 +79,19 @@ def average_(parameters: Iterable[Tensor], process_group: dist.ProcessGroup) -> 
     """Replace every gradient by its mean over the processes, which hold the same parameters in the same order.
 
     A parameter whose gradient is missing on some processes counts as zero there; where all lack it, it stays missing.
-    Gradients travel in buckets of one dtype, each with a flag for every parameter in it.
+    Gradients travel in buckets of one dtype, each with a flag for every parameter in it; they are divided before they
+    are summed, so that 16 bits hold the sum. Frozen parameters stay at home.
     """
     world_size = dist.get_world_size(process_group)
-    for bucket in _buckets(parameters):
+    for bucket in _buckets(p for p in parameters if p.requires_grad):
         flags = torch.tensor([float(p.grad is not None) for p in bucket])
         for p in bucket:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
         pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
-        flat = torch.cat([*pieces, flags.to(bucket[0], non_blocking=True)])
+        flat = torch.cat([*pieces, flags.to(bucket[0], non_blocking=True)]).div_(world_size)
         dist.all_reduce(flat, group=process_group)
-        flat, flags_sum = flat[: -len(bucket)].div_(world_size), flat[-len(bucket) :]
+        flat, flags_sum = flat[: -len(bucket)], flat[-len(bucket) :]
         for place, (p, mean) in enumerate(zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True)):
             if p.grad is not None:
                 p.grad.copy_(mean.view_as(p))

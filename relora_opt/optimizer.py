@@ -102,7 +102,7 @@ class ReLoRAOptimizer(Optimizer):
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     _last_lr: list[float]
-    _fresh: Collection[str] | None  # what set_clock said
+    _fresh: Collection[str] | None = None  # what set_clock said
     _is_built = True  # False inside __init__
 
     def __init__(
@@ -496,7 +496,6 @@ class ReLoRAOptimizer(Optimizer):
         """Set what no checkpoint, copy or pickle holds."""
         self._inner = inner.Inner(self._base)
         self._drafts: dict[Tensor, Entry] = {}
-        self._fresh = None
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
         self._last_lr = []
         self.grad_norm = None
@@ -731,5 +730,6 @@ _OWN = (
     "_slots",
     "_options",
     "_matched",
+    "_fresh",
     "_passes_closure",
 )

@@ -5,6 +5,7 @@ the form of the saved moment, be it before the first step, in the warm start, at
 pointed.
 """
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -152,3 +153,11 @@ def test_taking_the_state_before_the_first_update_changes_nothing(case: str, pat
     assert taken[1].grad_norm is None
     assert taken[1].last_lr() == untouched[1].last_lr()
     assert not differences(run(path, taken, 0, 6), run(path, untouched, 0, 6))
+
+
+def test_a_copy_knows_what_set_clock_said() -> None:
+    made = build("AdamW", torch.float32)
+    made[1].set_clock(num_updates=9, num_restarts=1, last_restart=7, fresh=["first.weight"])
+    model, optimizer = copy.deepcopy(made)
+    assert packed((model, optimizer), StateDictOptions())["optimizer"]["state"]["first.weight"]["A_state"] == {}
+    assert optimizer.clock["fresh"] == ["first.weight"]

@@ -73,6 +73,14 @@ def averages(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> A
     return [None if tensor.grad is None else tensor.grad.tolist() for tensor in tensors]
 
 
+def averages_half(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """Beside a float16 gradient whose sum would overflow lies a frozen parameter of integers."""
+    half, frozen = torch.zeros(3, dtype=torch.float16, requires_grad=True), torch.zeros(3, dtype=torch.int8)
+    half.grad = torch.full_like(half, 40_000.0)
+    gradients.average_([half, frozen], group)
+    return half.grad.tolist()
+
+
 def _process(rank: int, folder: str, work: Callable[..., Any], settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
@@ -112,3 +120,7 @@ def test_an_update_is_skipped_by_all_or_none(tmp_path: Path) -> None:
 
 def test_gradients_that_some_processes_lack_count_as_zero(tmp_path: Path) -> None:
     assert on_all(tmp_path, averages) == [[[1.5] * 3, [0.5] * 2, [1.5] * 5, None, [1.5] * 2]] * 2
+
+
+def test_a_16_bit_mean_does_not_overflow_and_frozen_parameters_stay_at_home(tmp_path: Path) -> None:
+    assert on_all(tmp_path, averages_half) == [[40_000.0] * 3] * 2
