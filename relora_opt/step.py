@@ -170,7 +170,8 @@ class Step:
             device once an update.
         has_aux: whether `loss_fn` returns something beside the loss.
         process_group: over whose processes the gradients are averaged, once an update; None for one process. Nothing
-            but the gradients of what is trained travels: of the factors and the unselected parameters.
+            but the gradients of what is trained travels: of the factors and the unselected parameters. The processes
+            must start from the same weights.
     """
 
     def __init__(
