@@ -135,7 +135,7 @@ def noticing_losses() -> Iterator[None]:
     """Turn what collectives raise when another process is gone into one sentence."""
     try:
         yield
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+    except RuntimeError as error:
         if not _is_of_a_lost_process(error):
             raise
         raise LostProcessError("another process of this run has ended: its own message says why") from error

@@ -180,7 +180,7 @@ class ReLoRAOptimizer(Optimizer):
         if self._amp_skips():
             return loss
         counts = not self._is_phantom()
-        if counts and self.num_updates == 0:
+        if counts and self.num_updates == 0 and self.state:
             self._begin()
         self._make_entries()
         base = self._inner.current(self.param_groups, self.state)
@@ -660,7 +660,7 @@ class ReLoRAOptimizer(Optimizer):
                 entry.update(A_state={}, B_state={})
             else:
                 del self.state[p]
-            self._inner = inner.Inner(self._base)
+        self._inner = inner.Inner(self._base)
 
     def _forget(self, names: Collection[str]) -> None:
         """Take from the state what the phantom step has made up for the factors of these weights."""

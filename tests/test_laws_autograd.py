@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from materialised import TOLERANCE, assert_equal_gradients, factor_gradients, oracle, sgd
-from models import DTYPES, MLP, PATHS, batch, mlp, mse, randomise_b, relora, selected_weights
+from models import DTYPES, MLP, PATHS, Kernel, batch, mlp, mse, randomise_b, relora, selected_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -184,20 +184,6 @@ def test_checkpointing_under_an_output_of_ones_own_type_is_exact(use_reentrant: 
     model, plain = Answering(use_reentrant), Answering(None)
     actual = factor_gradients("functional", model, sgd(model, TARGETS), loss_fn)
     assert_equal_gradients(actual, oracle(plain, sgd(plain, TARGETS), loss_fn))
-
-
-class Kernel(torch.autograd.Function):
-    """A linear map as somebody's kernel, which asks no `__torch_function__`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g @ w, g.t() @ x
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])

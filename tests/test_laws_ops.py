@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from materialised import TOLERANCE, assert_equal_gradients, factor_gradients, oracle, sgd
+from models import Kernel
 from torch import Tensor, nn
 
 from relora_opt import LowRankWeight
@@ -53,20 +54,6 @@ def attention(x: Tensor, w: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x[None], F.linear(x, w.t() @ w)[None], x[None])
 
 
-class Fused(torch.autograd.Function):
-    """A product as somebody's kernel: autograd functions do not ask `__torch_function__`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g @ w, g.t() @ x
-
-
 MATRIX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w is (4, 5), x is (7, 5)
     "F.linear": F.linear,
     "F.linear by keyword": lambda x, w: F.linear(input=x, weight=w, bias=w.sum(1)),
@@ -105,8 +92,8 @@ MATRIX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w is (4, 5), x is (
     "attention": attention,
     "parameter of relu": lambda x, w: F.relu(w) @ x.t(),
     "inner": lambda x, w: torch.inner(x, w),
-    "autograd function": Fused.apply,
-    "autograd function of a transpose": lambda x, w: Fused.apply(x, w.t().contiguous().t()),
+    "autograd function": Kernel.apply,
+    "autograd function of a transpose": lambda x, w: Kernel.apply(x, w.t().contiguous().t()),
     "private function of torch": lambda x, w: F.linear(x, torch._weight_norm(w, w.sum(1, keepdim=True), 0)),
 }
 
