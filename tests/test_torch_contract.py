@@ -7,7 +7,11 @@ name.
 """
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,11 +74,17 @@ def test_the_inventory_holds_every_optimizer_of_torch() -> None:
     assert len(DENSE) > 150
 
 
-def test_reading_the_inventory_leaves_hypothesis_as_it_was() -> None:
-    import hypothesis
-
-    assert hypothesis.settings.get_current_profile_name() == "default"
-    assert hypothesis.settings().max_examples == 100
+@pytest.mark.parametrize("variables", [{}, {"CI": "true"}], ids=["as it is", "CI"])
+def test_reading_the_inventory_leaves_hypothesis_as_it_was(variables: dict[str, str]) -> None:
+    """Hypothesis chooses a profile by the environment, torch's module sets its own; a new process sees the import."""
+    script = (
+        "import hypothesis as h; seen = lambda: (h.settings.get_current_profile_name(), str(h.settings()))\n"
+        "before = seen(); import torch_inventory; assert seen() == before, (before, seen())"
+    )
+    environment = os.environ | variables
+    folder = Path(__file__).parent
+    ran = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 @each_case
