@@ -82,7 +82,7 @@ def tune_rivals() -> list[Spec]:
         *_grid("ReLoRA, the paper's settings", "relora", PAPER, (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)),
         *(
             spec
-            for factor_lr in (2.0, 4.0)
+            for factor_lr in (2.0, 4.0, 8.0)
             for spec in _grid("ReLoRA, the paper's settings", "relora", {**PAPER, "factor_lr": factor_lr}, (2e-3,))
         ),
         *_grid("PEFT merge-and-reset", "peft", PEFT, (1e-3, 2e-3, 4e-3, 8e-3)),
@@ -236,9 +236,9 @@ def confirm_rivals() -> list[Spec]:
     trials: list[tuple[str, str, dict[str, Any]]] = [
         ("PEFT merge-and-reset", "peft", {"lr": 4e-3, "rest_lr": 8e-3, **PEFT}),
         ("galore-torch", "galore", {"lr": 16e-3, "rest_lr": 8e-3, **GALORE}),
-        ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER}),
+        ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER, "factor_lr": 4.0}),
         ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **smaller}),
-        ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 4e-3, "rest_lr": 8e-3, **APOLLO}),
+        ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 8e-3, "rest_lr": 8e-3, **APOLLO}),
     ]
     return _on_all_texts(trials)
 
