@@ -1,9 +1,8 @@
-"""The base optimizer inside: built over factors and dense parameters, stepped without its hooks, and made fresh.
+"""The base optimizer inside: built over factors and dense parameters, and stepped without its hooks.
 
     Base          what the user gave, class or factory, with its keyword arguments: groups -> Optimizer
     Inner         the base optimizer over factors and dense parameters, whose state lives in the outer optimizer's
     step          one update of a base optimizer that fires no step hook (the outer optimizer's fire once)
-    FreshState    turns a used state of one factor into what a fresh base optimizer would start from
 
 This file does not know clocks or models.
 """
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .prune import is_low_bit
 from .state import is_low_rank
 
 Group = dict[str, Any]
@@ -195,69 +193,6 @@ def _trial_update(base: Base, group: Group, gradient: Tensor) -> Tensor:
         scratch.zero_().grad = gradient.clone()
         step(optimizer)
     return scratch
-
-
-def used_state(base: Base, group: Group, factor: Tensor) -> State:
-    """Return what the base keeps of a tensor like `factor`, on its device, after one update."""
-    scratch = torch.zeros_like(factor)
-    optimizer = base.build([{**group, "params": [scratch], "lr": 0.01}])
-    scratch.grad = torch.ones_like(scratch)
-    step(optimizer)
-    return dict(optimizer.state[scratch])
-
-
-class FreshState:
-    """What a fresh base optimizer's state of one factor is, found by trying it.
-
-    A state whose initial value is zero (Adam's, `step` included) is zeroed in place, so that its tensors survive. A
-    state that a base makes when it is constructed (Adagrad's) is copied from there. Any other (Rprop's step sizes,
-    NAdam's product, SGD's first momentum under dampening) is cleared, and the base makes it anew at its next update.
-    """
-
-    def __init__(self, base: Base, group: Group, factor: Tensor) -> None:
-        """Try `base` with a group's options over scratch tensors of the factor's shape; the factor is left alone."""
-        self._build: Callable[[Tensor], Optimizer] = lambda scratch: base.build(
-            [{**group, "params": [scratch], "lr": 0.01}]
-        )
-        scratch = torch.zeros_like(factor)
-        self._initial: State = dict(self._build(scratch).state.get(scratch, {}))
-        self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)
-
-    def reset_(self, state: State) -> None:
-        """Make a used state a fresh one, in place."""
-        if self._zero_is_fresh:
-            _zero_(state)
-        elif self._initial and self._initial.keys() == state.keys():
-            for key, value in self._initial.items():
-                state[key] = state[key].copy_(value) if isinstance(value, Tensor) else value
-        else:
-            state.clear()
-
-    def _behaves_as_fresh(self, factor: Tensor) -> bool:
-        """Say whether a used state set to zero gives the same two updates as no state at all."""
-        generator = torch.Generator().manual_seed(0)
-        start, *gradients = (torch.randn(factor.shape, generator=generator).to(factor) for _ in range(4))
-        used, fresh = start.clone(), start.clone()
-        used_base, fresh_base = self._build(used), self._build(fresh)
-        used.grad = gradients[0]
-        step(used_base)
-        if any(is_low_bit(value) for value in used_base.state[used].values()):
-            return False  # its codes may have none for 0
-        used.copy_(start)
-        _zero_(used_base.state[used])
-        for gradient in gradients[1:]:
-            used.grad, fresh.grad = gradient.clone(), gradient.clone()
-            step(used_base)
-            step(fresh_base)
-        return torch.equal(used, fresh)
-
-
-def _zero_(state: State) -> None:
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            value.zero_()
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            state[key] = type(value)(0)
 
 
 def _trained(group: Group, state: Any) -> Iterator[Tensor]:

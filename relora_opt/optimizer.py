@@ -10,14 +10,15 @@ and a restart re-draws A, zeroes B and prunes their state; it does not touch W. 
 effective weight at every moment: evaluation, `state_dict()` and export need no merging.
 
 Source: Lialin et al. 2023, arXiv 2307.05695, Algorithm 1. This file sequences; the mathematics is in factors.py,
-weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py.
+weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py, what a
+restart does to its state in restart.py, what is loaded in loading.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -27,9 +28,11 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, pointing
 from . import prune as pruning
-from .factors import INITS, draw_a, draw_generator, factor_dtype, matrix_shape, product
+from .factors import INITS, draw_a, draw_generator, matrix_shape, product
+from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
+from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
-from .select import MATCHED, LowRank, Params, Slot, Targets, resolve_added_group, resolve_groups
+from .select import MATCHED, LowRank, Params, Selected, Targets, resolve_added_group, resolve_groups
 from .sharding import full
 from .state import (
     CLOCK,
@@ -37,11 +40,8 @@ from .state import (
     Entry,
     LowRankState,
     check_fits,
-    check_layout,
-    check_loadable,
     detached,
     is_low_rank,
-    loaded,
     move_weight_,
     new_clock,
     new_entry,
@@ -52,15 +52,6 @@ if TYPE_CHECKING:
     from .step import FunctionalModel, Step
 
 Group = dict[str, Any]
-
-
-class _Selected(NamedTuple):
-    """A low-rank weight as the optimizer meets it, in group `number`."""
-
-    W: Tensor
-    slot: Slot
-    group: Group
-    number: int
 
 
 class ReLoRAOptimizer(Optimizer):
@@ -154,7 +145,7 @@ class ReLoRAOptimizer(Optimizer):
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
-        self._check_prunable(self.param_groups)
+        check_prunable(self._selected(), self._base, self._options, self.prune)
         self._is_built = True
 
     # The contract of torch.optim.Optimizer
@@ -237,7 +228,7 @@ class ReLoRAOptimizer(Optimizer):
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
-            self._check_prunable(self.param_groups[num_groups:])
+            check_prunable(self._selected(self.param_groups[num_groups:]), self._base, self._options, self.prune)
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
             raise
@@ -248,9 +239,12 @@ class ReLoRAOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`."""
         self._restore_models()
-        if self._drafts:
-            self._make_entries()
-        packed = super().state_dict()
+        self.state.update(self._drafts)
+        try:
+            packed = super().state_dict()
+        finally:
+            for W in self._drafts:  # `state` stays empty until the first update
+                del self.state[W]
         entries = packed["state"].items()
         packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
         return packed
@@ -267,10 +261,9 @@ class ReLoRAOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict = self._with_empty_states(state_dict)
+        state_dict = with_empty_states(state_dict, self._selected(), self._fresh or ())
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
-        for selected, saved in self._saved_entries(state_dict):
-            check_layout(selected.W, saved, selected.slot.name)
+        check_layouts(state_dict, self._selected())
         if self._drafts:
             self._make_entries()
         live = dict(self.state)
@@ -359,7 +352,7 @@ class ReLoRAOptimizer(Optimizer):
         for group in self.param_groups:
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
             group["pointing"] = self._num_sketches(group)
-        self._prune()
+        prune_states_(self._selected(), self.state, self._base, self.prune, seed=self.seed, restart=restart)
         for W, slot, _, _ in self._selected():
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
 
@@ -424,13 +417,7 @@ class ReLoRAOptimizer(Optimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        counters = (num_updates, num_restarts, last_restart)
-        are_whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counters)
-        if not are_whole or last_restart > num_updates:
-            raise ValueError(
-                f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: they must be "
-                "whole numbers, 0 or more, with last_restart between 0 and num_updates"
-            )
+        check_clock(num_updates, num_restarts, last_restart)
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()
         unknown = sorted({*fresh} - {*self.selected})
@@ -514,50 +501,21 @@ class ReLoRAOptimizer(Optimizer):
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
 
-    def _selected(self, groups: Iterable[Group] | None = None) -> Iterator[_Selected]:
+    def _selected(self, groups: Iterable[Group] | None = None) -> Iterator[Selected]:
         """Yield the low-rank weights of all groups, or of these."""
         wanted = {id(group) for group in (self.param_groups if groups is None else groups)}
         for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
             if group["rank"] and id(group) in wanted:
-                yield from (_Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
+                yield from (Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
 
-    def _saved_entries(self, state_dict: dict[str, Any]) -> Iterator[tuple[_Selected, Entry]]:
-        """Yield the selected weights that have factors in a saved state, with these."""
-        for selected, index in self._saved_indices(state_dict):
-            saved = state_dict["state"].get(index)
-            if is_low_rank(saved):
-                yield selected, saved
-
-    def _saved_indices(self, state_dict: dict[str, Any]) -> Iterator[tuple[_Selected, int]]:
-        """Yield the selected weights with their numbers in a saved state; torch refuses other numbers of them."""
-        indices = [
-            index
-            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False)
-            for index in (saved_group["params"] if group["rank"] else ())
-        ]
-        return zip(self._selected(), indices, strict=False)
-
-    def _with_empty_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Put back the empty states of weights that `set_clock` called fresh.
-
-        torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary.
-        """
-        if not self._fresh or not {"state", "param_groups"} <= state_dict.keys():
-            return state_dict
-        state = dict(state_dict["state"])
-        for selected, index in self._saved_indices(state_dict):
-            if selected.slot.name in self._fresh and is_low_rank(state.get(index)):
-                state[index] = {"A_state": {}, "B_state": {}, **state[index]}
-        return {**state_dict, "state": state}
-
-    def _find(self, parameter: Tensor) -> _Selected:
+    def _find(self, parameter: Tensor) -> Selected:
         for selected in self._selected():
             if selected.W is parameter:
                 return selected
         what = f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
         raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
 
-    def _scale(self, selected: _Selected) -> float:
+    def _scale(self, selected: Selected) -> float:
         """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
         W, slot, group, number = selected
         if group["scale"] != MATCHED:
@@ -599,7 +557,7 @@ class ReLoRAOptimizer(Optimizer):
                 group["pointing"] -= 1
                 pointing.sketch_(weights, is_last=group["pointing"] == 0)
 
-    def _entry(self, selected: _Selected) -> Entry:
+    def _entry(self, selected: Selected) -> Entry:
         """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
         W, slot, group, _ = selected
         entry = self.state[W] if W in self.state else self._drafts.get(W)
@@ -667,31 +625,6 @@ class ReLoRAOptimizer(Optimizer):
         for W, slot, _, _ in self._selected():
             if slot.name in names and is_low_rank(self.state.get(W)):
                 self.state[W].update(A_state={}, B_state={})
-
-    def _check_prunable(self, groups: Iterable[Group]) -> None:
-        """Refuse a strategy that could not prune what the base will keep of the factors, by trying the base."""
-        seen: set[tuple[int, torch.Size]] = set()
-        for W, slot, group, number in self._selected(groups) if pruning.masks(self.prune) else ():
-            *stacked, m, n = matrix_shape(W, is_batch=slot.is_batch)
-            for shape in ((*stacked, group["rank"], n), (*stacked, m, group["rank"])):
-                factor = torch.empty(shape, dtype=factor_dtype(W.dtype), device="cpu" if W.is_meta else W.device)
-                if (number, factor.shape) not in seen:
-                    seen.add((number, factor.shape))
-                    state = inner.used_state(self._base, self._options[number], factor)
-                    pruning.check_maskable(state, factor.shape, self.prune, self._base.name)
-
-    def _prune(self) -> None:
-        """Prune the base's state of every factor, in place."""
-        fresh: dict[tuple[int, torch.Size], inner.FreshState] = {}
-        for W, slot, group, _ in self._selected():
-            entry = self.state[W]
-            for key in ("A", "B"):
-                factor, state = entry[key], entry[f"{key}_state"]
-                kind = (id(group), factor.shape)
-                if kind not in fresh:
-                    fresh[kind] = inner.FreshState(self._base, group, factor)
-                generator = draw_generator(self.seed, f"{slot.name}.{key}_state", self.num_restarts)
-                pruning.prune_(state, factor.shape, self.prune, reset_=fresh[kind].reset_, generator=generator)
 
     def _amp_skips(self) -> bool:
         """Do a GradScaler's work, where there is one, and say whether the update must be skipped."""

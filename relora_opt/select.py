@@ -40,6 +40,15 @@ class Slot(NamedTuple):
     is_batch: bool  # a 3-D weight that stacks matrices along dimension 0
 
 
+class Selected(NamedTuple):
+    """A low-rank weight as the optimizer meets it, in group `number`."""
+
+    W: Tensor
+    slot: Slot
+    group: dict[str, Any]
+    number: int
+
+
 class ResolvedGroup(NamedTuple):
     """A group as the optimizer keeps it: `options` for torch.optim, with params, rank, scale and factor_lr."""
 

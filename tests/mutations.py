@@ -150,14 +150,14 @@ MUTATIONS = (
     ),
     Mutation(
         "keep Adam's step at a reset",
-        "inner.py",
+        "restart.py",
         "            _zero_(state)\n        elif",
         '            _zero_({key: value for key, value in state.items() if key != "step"})\n        elif',
         ("test_laws_prune.py", "fresh_base_optimizers_bitwise and AdamW"),
     ),
     Mutation(
         "take zeros for a fresh state, whichever the base",
-        "inner.py",
+        "restart.py",
         "self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)",
         "self._zero_is_fresh = True",
         ("test_laws_prune.py", "fresh_base_optimizers_bitwise and (Rprop or NAdam or dampening or Adagrad)"),
@@ -221,9 +221,9 @@ MUTATIONS = (
     Mutation(
         "touch unselected parameters' state at a restart",
         "optimizer.py",
-        "for W, slot, group, _ in self._selected():\n            entry = self.state[W]\n            for key",
-        "[inner._zero_(entry) for entry in self.state.values()]\n"
-        "        for W, slot, group, _ in self._selected():\n            entry = self.state[W]\n            for key",
+        "        prune_states_(self._selected()",
+        "        [entry.clear() for entry in self.state.values() if not is_low_rank(entry)]\n"
+        "        prune_states_(self._selected()",
         ("test_laws.py", "untouched_by_a_restart"),
     ),
     Mutation(
@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "point A once and never at a restart",
         "optimizer.py",
-        'group["pointing"] = self._num_sketches(group)\n        self._prune()',
-        "pass\n        self._prune()",
+        'group["pointing"] = self._num_sketches(group)\n        prune_states_',
+        "pass\n        prune_states_",
         ("test_pointing.py", "every_cycle_points"),
     ),
     Mutation(

@@ -303,7 +303,7 @@ class Contract(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "live"):
-            self.step("dense")  # before the first update it depends on what was looked at whether factors exist
+            self.step("dense")  # saved before the first update, it depends on what was looked at whether factors exist
             assert_same(self.live.state(), self.twin.state())
 
 

@@ -224,6 +224,26 @@ def test_stale_gradients_at_load_time_make_no_state_that_is_silently_empty(is_fl
     assert not differences(snapshot(resumed, fresh), snapshot(model, optimizer))
 
 
+@pytest.mark.parametrize(
+    "look", [lambda model, made: made.functional(model), lambda model, made: made.factors(model.first.weight)]
+)
+def test_looking_at_factors_and_saving_before_the_first_update_leaves_the_state_empty(look: Any) -> None:
+    """A state with factors in it would keep set_clock and torch's phantom step from their work."""
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(4))
+    kept = look(model, optimizer)
+    saved = through_file(optimizer.state_dict())
+    assert not optimizer.state
+    twin = mlp()
+    restored = relora(twin, schedule=JaggedSchedule(4), seed=5)
+    restored.load_state_dict(saved)
+    assert torch.equal(restored.factors(twin.first.weight)[0], optimizer.factors(model.first.weight)[0])  # of seed 0
+    optimizer.set_clock(num_updates=2, num_restarts=0, last_restart=0)
+    template = get_optimizer_state_dict(model, optimizer)
+    assert "step" in template["state"]["first.weight"]["A_state"]
+    del kept
+
+
 # ---- parameters
 
 

@@ -1,0 +1,172 @@
+"""Reading a saved state: what is refused, and what the live state becomes.
+
+This file does not know base optimizers; the layout is state.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factors import factor_dtype, matrix_shape
+from .select import Selected
+from .sharding import is_sharded
+from .state import CLOCK, FORMAT, READABLE, Entry, is_low_rank
+
+StateDict = dict[str, Any]
+
+
+def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_start: int) -> None:
+    """Refuse a state dictionary that would be misread.
+
+    Raises:
+        ValueError: for another optimizer's state, an unknown format, other ranks or shapes, groups that disagree, or
+            counters that disagree with the state (past the switch without factors, or before it with them).
+    """
+    if not isinstance(saved, dict):
+        raise TypeError(f"state_dict is a {type(saved).__name__}: it must be what optimizer.state_dict() gave")
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(f"state_dict holds {sorted(saved)}: it must be what optimizer.state_dict() gave")
+    _check_groups(saved["param_groups"], groups)
+    num_updates = saved["param_groups"][0]["num_updates"]
+    is_past = num_updates >= warm_start
+    for group, own in zip(saved["param_groups"], groups, strict=True):
+        for index, W in zip(group["params"], own["params"], strict=False):  # torch refuses other lengths
+            entry = saved["state"].get(index)
+            if not group["rank"] or (entry is None and num_updates == 0):
+                continue
+            if is_low_rank(entry) != is_past:
+                where = "past the switch but has no factors" if is_past else "before the switch but has factors"
+                raise ValueError(
+                    f"the saved state is {where}: num_updates={num_updates} with warm_start={warm_start}; use the "
+                    "schedule it was saved with, and restore the clock first (set_clock) where a template of the state "
+                    "is needed"
+                )
+            if is_low_rank(entry):
+                _check_entry(entry, W, group["rank"])
+
+
+def check_layouts(saved: StateDict, weights: Iterable[Selected]) -> None:
+    """Refuse the factors of a sharded weight for a whole one, and the other way round.
+
+    Raises:
+        ValueError: names the weight and what gathers or shards a state.
+    """
+    for weight, index in _indices(saved, weights):
+        entry = saved["state"].get(index)
+        if is_low_rank(entry) and is_sharded(weight.W) != is_sharded(entry["A"]):
+            have, want = ("sharded", "is not") if is_sharded(entry["A"]) else ("not sharded", "is")
+            raise ValueError(
+                f"the saved factors of {weight.slot.name} are {have}, but the weight {want}: save and load through "
+                "torch.distributed.checkpoint, or its get_optimizer_state_dict and set_optimizer_state_dict with "
+                "StateDictOptions(full_state_dict=True)"
+            )
+
+
+def check_clock(num_updates: Any, num_restarts: Any, last_restart: Any) -> None:
+    """Refuse counters that no run has.
+
+    Raises:
+        ValueError: gives the counters.
+    """
+    counters = (num_updates, num_restarts, last_restart)
+    are_whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counters)
+    if not are_whole or last_restart > num_updates:
+        raise ValueError(
+            f"num_updates={num_updates}, num_restarts={num_restarts}, last_restart={last_restart}: they must be "
+            "whole numbers, 0 or more, with last_restart between 0 and num_updates"
+        )
+
+
+def with_empty_states(saved: StateDict, weights: Iterable[Selected], names: Collection[str]) -> StateDict:
+    """Put back the empty states of the base for the factors of these weights.
+
+    torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary.
+    """
+    if not names or not {"state", "param_groups"} <= saved.keys():
+        return saved
+    state = dict(saved["state"])
+    for weight, index in _indices(saved, weights):
+        if weight.slot.name in names and is_low_rank(state.get(index)):
+            state[index] = {"A_state": {}, "B_state": {}, **state[index]}
+    return {**saved, "state": state}
+
+
+def loaded(saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool) -> Entry:
+    """Return a parameter's state with the saved values and dtypes; live factors stay the same objects.
+
+    "step" stays where it was saved, as torch keeps it, unless the base wants it on the device (fused and capturable
+    ones do). A 16-bit weight whose state has no master, saved when it had 32 bits, gets one.
+    """
+    entry: Entry = _to_device(saved, W.device, moves_counters)
+    if not is_low_rank(saved):
+        return entry
+    for key in ("A", "B"):
+        if is_low_rank(live) and live[key].shape == saved[key].shape:
+            live[key].data.copy_(saved[key])
+            entry[key] = live[key]
+        else:
+            entry[key] = nn.Parameter(entry[key])
+    if factor_dtype(W.dtype) != W.dtype:
+        entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))
+    return entry
+
+
+def _indices(saved: StateDict, weights: Iterable[Selected]) -> Iterator[tuple[Selected, int]]:
+    """Yield the low-rank weights with their numbers in a saved state; torch refuses other numbers of them."""
+    weights = list(weights)
+    numbers = {weight.number for weight in weights}
+    indices = [i for n, group in enumerate(saved["param_groups"]) if n in numbers for i in group["params"]]
+    return zip(weights, indices, strict=False)
+
+
+def _check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    if any("relora_format" not in group for group in saved):
+        raise ValueError("this state was not saved by ReLoRAOptimizer: load it into the base optimizer it came from")
+    formats = {group["relora_format"] for group in saved} - set(READABLE)
+    if formats:
+        raise ValueError(
+            f"relora_format={formats.pop()} is not known here ({FORMAT} is): use the version that saved it"
+        )
+    for group in saved:
+        missing = sorted({*CLOCK, "rank", "scale", "factor_lr"} - group.keys())
+        if missing:
+            raise ValueError(f"a group of the saved state lacks {missing}: it must be what optimizer.state_dict() gave")
+    clocks = sorted({tuple(group[name] for name in CLOCK) for group in saved})
+    if len(clocks) > 1:
+        raise ValueError(f"the groups of the saved state disagree in {CLOCK}, {clocks}: one clock drives them all")
+    ranks, own = [group["rank"] for group in saved], [group["rank"] for group in groups]
+    if ranks != own:
+        raise ValueError(f"the saved state has rank {ranks} by group and this optimizer {own}: construct it alike")
+
+
+def _check_entry(entry: Entry, W: Tensor, rank: int) -> None:
+    missing = sorted({"B", "A_state", "B_state"} - entry.keys())
+    if missing:
+        raise ValueError(f"the saved state of a low-rank weight lacks {missing}: it was cut, take another checkpoint")
+    A, B = entry["A"], entry["B"]
+    *stacked, m, n = matrix_shape(W, is_batch=A.dim() == 3 == W.dim())
+    if (A.shape, B.shape) != ((*stacked, rank, n), (*stacked, m, rank)):
+        raise ValueError(
+            f"the saved A is {tuple(A.shape)} and B {tuple(B.shape)}, which does not fit a weight of shape "
+            f"{tuple(W.shape)} at rank {rank}: load the state of the same model"
+        )
+
+
+def _to_device(value: Any, device: torch.device, moves_counters: bool, key: str = "") -> Any:
+    """Copy a nested state, keeping every dtype."""
+    if isinstance(value, dict):
+        return {name: _to_device(item, device, moves_counters, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_to_device(item, device, moves_counters) for item in value]
+    if hasattr(value, "__tensor_flatten__"):  # made of tensors; torchao's low-bit ones cannot be cloned as a whole
+        names, context = value.__tensor_flatten__()
+        parts = {name: _to_device(getattr(value, name), device, moves_counters) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
+    if isinstance(value, Tensor):
+        moves = moves_counters or key != "step"
+        return value.detach().to(device, copy=True) if moves else value.detach().clone()
+    return value

@@ -1,0 +1,119 @@
+"""What a restart leaves of the base optimizer's state of the factors.
+
+    check_prunable   refuse at construction what a strategy could not prune, by trying the base
+    prune_states_    prune the state of every factor, in place
+    FreshState       turns a used state of one factor into what a fresh base optimizer would start from
+
+This file does not know clocks or models; the strategies are in prune.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import prune
+from .factors import draw_generator, factor_dtype, matrix_shape
+from .inner import Base, Group, State, step
+from .select import Selected
+
+
+def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Group], strategy: prune.Strategy) -> None:
+    """Refuse a strategy that could not prune what the base will keep of the factors, by trying the base.
+
+    Args:
+        options: the base's options, by number of group.
+
+    Raises:
+        ValueError: names the base, the state and the remedy.
+    """
+    seen: set[tuple[int, torch.Size]] = set()
+    for W, slot, group, number in weights if prune.masks(strategy) else ():
+        *stacked, m, n = matrix_shape(W, is_batch=slot.is_batch)
+        for shape in ((*stacked, group["rank"], n), (*stacked, m, group["rank"])):
+            factor = torch.empty(shape, dtype=factor_dtype(W.dtype), device="cpu" if W.is_meta else W.device)
+            if (number, factor.shape) not in seen:
+                seen.add((number, factor.shape))
+                prune.check_maskable(_used_state(base, options[number], factor), factor.shape, strategy, base.name)
+
+
+def prune_states_(
+    weights: Iterable[Selected], state: Any, base: Base, strategy: prune.Strategy, *, seed: int, restart: int
+) -> None:
+    """Prune the base's state of every factor, in place; what is drawn is keyed by (seed, name, restart)."""
+    fresh: dict[tuple[int, torch.Size], FreshState] = {}
+    for W, slot, group, number in weights:
+        entry = state[W]
+        for key in ("A", "B"):
+            factor, kind = entry[key], (number, entry[key].shape)
+            if kind not in fresh:
+                fresh[kind] = FreshState(base, group, factor)
+            generator = draw_generator(seed, f"{slot.name}.{key}_state", restart)
+            prune.prune_(entry[f"{key}_state"], factor.shape, strategy, reset_=fresh[kind].reset_, generator=generator)
+
+
+class FreshState:
+    """What a fresh base optimizer's state of one factor is, found by trying it.
+
+    A state whose initial value is zero (Adam's, `step` included) is zeroed in place, so that its tensors survive. A
+    state that a base makes when it is constructed (Adagrad's) is copied from there. Any other (Rprop's step sizes,
+    NAdam's product, SGD's first momentum under dampening) is cleared, and the base makes it anew at its next update.
+    """
+
+    def __init__(self, base: Base, group: Group, factor: Tensor) -> None:
+        """Try `base` with a group's options over scratch tensors of the factor's shape; the factor is left alone."""
+        self._build: Callable[[Tensor], Optimizer] = lambda scratch: base.build(
+            [{**group, "params": [scratch], "lr": 0.01}]
+        )
+        scratch = torch.zeros_like(factor)
+        self._initial: State = dict(self._build(scratch).state.get(scratch, {}))
+        self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)
+
+    def reset_(self, state: State) -> None:
+        """Make a used state a fresh one, in place."""
+        if self._zero_is_fresh:
+            _zero_(state)
+        elif self._initial and self._initial.keys() == state.keys():
+            for key, value in self._initial.items():
+                state[key] = state[key].copy_(value) if isinstance(value, Tensor) else value
+        else:
+            state.clear()
+
+    def _behaves_as_fresh(self, factor: Tensor) -> bool:
+        """Say whether a used state set to zero gives the same two updates as no state at all."""
+        generator = torch.Generator().manual_seed(0)
+        start, *gradients = (torch.randn(factor.shape, generator=generator).to(factor) for _ in range(4))
+        used, fresh = start.clone(), start.clone()
+        used_base, fresh_base = self._build(used), self._build(fresh)
+        used.grad = gradients[0]
+        step(used_base)
+        if any(prune.is_low_bit(value) for value in used_base.state[used].values()):
+            return False  # its codes may have none for 0
+        used.copy_(start)
+        _zero_(used_base.state[used])
+        for gradient in gradients[1:]:
+            used.grad, fresh.grad = gradient.clone(), gradient.clone()
+            step(used_base)
+            step(fresh_base)
+        return torch.equal(used, fresh)
+
+
+def _used_state(base: Base, group: Group, factor: Tensor) -> State:
+    """Return what the base keeps of a tensor like `factor`, on its device, after one update."""
+    scratch = torch.zeros_like(factor)
+    optimizer = base.build([{**group, "params": [scratch], "lr": 0.01}])
+    scratch.grad = torch.ones_like(scratch)
+    step(optimizer)
+    return dict(optimizer.state[scratch])
+
+
+def _zero_(state: State) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            state[key] = type(value)(0)
