@@ -15,6 +15,15 @@ from .state import LowRankState
 from .weight import project
 
 
+def absorb_(weight: LowRankState) -> None:
+    """Add the projection of the dense gradient W.grad, where there is one, to the factors' gradients."""
+    W, (A, B) = weight.W, (weight.A, weight.B)
+    if W.grad is not None:
+        for factor, projection in zip((A, B), project(W.grad, A, B, weight.scale), strict=True):
+            gradient = laid_out_as(projection, factor)
+            factor.grad = gradient if factor.grad is None else factor.grad + gradient
+
+
 @contextmanager
 def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     """Add the projection of every dense gradient W.grad to the factors' gradients, and leave these used up.
@@ -23,13 +32,8 @@ def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     gradient of theirs, from either path, outlasts the step that it was for. Dense ones do, as everywhere in torch.
     """
     weights = list(weights)
-    for W, entry, scale in weights:
-        if W.grad is None:
-            continue
-        A, B = entry["A"], entry["B"]
-        for factor, projection in zip((A, B), project(W.grad, A, B, scale), strict=True):
-            gradient = laid_out_as(projection, factor)
-            factor.grad = gradient if factor.grad is None else factor.grad + gradient
+    for weight in weights:
+        absorb_(weight)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import gradients, inner, pointing
+from . import gradients, inner, pointing, release
 from . import prune as pruning
 from .factors import INITS, draw_a, draw_generator, matrix_shape, product
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
@@ -75,6 +75,9 @@ class ReLoRAOptimizer(Optimizer):
         prune: what restarts leave of the factors' optimizer state, `prune.reset()` by default.
         factor_lr: multiplies the learning rate of factors only.
         max_grad_norm: clips the norm of factor and dense gradients together; None leaves them alone.
+        release_grads: project each dense gradient onto its factors during the backward pass and free it, so that one at
+            a time lives (see release.py): `grad` of a low-rank weight is None after `backward()`. For the dense path
+            in one process. With init "gradient", A is then pointed by sketches, as on the functional path.
         seed: keys every draw, together with the parameter's name and the number of restarts.
         options: the base optimizer's keyword arguments.
 
@@ -109,6 +112,7 @@ class ReLoRAOptimizer(Optimizer):
         prune: pruning.Strategy | None = None,
         factor_lr: float = 1.0,
         max_grad_norm: float | None = None,
+        release_grads: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -118,10 +122,12 @@ class ReLoRAOptimizer(Optimizer):
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
         if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number: None leaves gradients alone")
+        if not isinstance(release_grads, bool):
+            raise TypeError(f"release_grads={release_grads!r} must be True or False")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be a whole number: every draw is keyed by it")
         self.schedule = JaggedSchedule(1000, restart_warmup=50) if schedule is None else schedule
-        self.init, self.max_grad_norm, self.seed = init, max_grad_norm, seed
+        self.init, self.max_grad_norm, self.release_grads, self.seed = init, max_grad_norm, release_grads, seed
         self.prune = pruning.reset() if prune is None else prune
         if not isinstance(self.schedule, JaggedSchedule):
             raise TypeError(f"schedule={schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say")
@@ -146,6 +152,7 @@ class ReLoRAOptimizer(Optimizer):
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
         check_prunable(self._selected(), self._base, self._options, self.prune)
+        self._attach(takes_over=True)
         self._is_built = True
 
     # The contract of torch.optim.Optimizer
@@ -174,6 +181,7 @@ class ReLoRAOptimizer(Optimizer):
         if counts and self.num_updates == 0 and self.state:
             self._begin()
         self._make_entries()
+        self._attach(takes_over=False)
         base = self._inner.current(self.param_groups, self.state)
         if counts:
             self._point()
@@ -229,6 +237,7 @@ class ReLoRAOptimizer(Optimizer):
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
             check_prunable(self._selected(self.param_groups[num_groups:]), self._base, self._options, self.prune)
+            self._attach(takes_over=True)
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
             raise
@@ -293,6 +302,7 @@ class ReLoRAOptimizer(Optimizer):
         super().__setstate__(state)
         if not hasattr(self, "_functionals"):  # a copy; load_state_dict comes through here too
             self._init_transients()
+            self._attach(takes_over=True)
 
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and what it found: see _amp_skips
 
@@ -441,12 +451,7 @@ class ReLoRAOptimizer(Optimizer):
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
         from .step import FunctionalModel
 
-        if self.init == "gradient" and 0 < self.schedule.restart_every <= pointing.NUM_SKETCHES:
-            raise ValueError(
-                f'restart_every={self.schedule.restart_every} with init="gradient": on the functional path the first '
-                f"{pointing.NUM_SKETCHES} updates of a cycle are sketches, and no low-rank weight would ever move; "
-                "lengthen the cycle"
-            )
+        self._check_sketches("on the functional path")
         self._restore_models()
         functional = FunctionalModel(model, self)
         self._functionals.add(functional)
@@ -541,6 +546,28 @@ class ReLoRAOptimizer(Optimizer):
     def _pointing(self) -> list[Group]:
         return [group for group in self.param_groups if group["pointing"] and self.is_low_rank]
 
+    def _check_sketches(self, where: str) -> None:
+        if self.init == "gradient" and 0 < self.schedule.restart_every <= pointing.NUM_SKETCHES:
+            raise ValueError(
+                f'restart_every={self.schedule.restart_every} with init="gradient": {where} the first '
+                f"{pointing.NUM_SKETCHES} updates of a cycle are sketches, and no low-rank weight would ever move; "
+                "lengthen the cycle"
+            )
+
+    def _attach(self, *, takes_over: bool) -> None:
+        """Hook the low-rank weights whose dense gradients are to be released."""
+        if self.release_grads:
+            self._check_sketches("with release_grads=True")
+            release.attach(self._selected(), self._release, takes_over=takes_over)
+
+    def _release(self, number: int, place: int) -> None:
+        """Turn the dense gradient of a low-rank weight into its factors' and drop it; before the switch, leave it."""
+        if self.is_low_rank:
+            group = self.param_groups[number]
+            selected = Selected(group["params"][place], self._slots[number][place], group, number)
+            gradients.absorb_(LowRankState(selected.W, self._entry(selected), self._scale(selected)))
+            selected.W.grad = None
+
     def _point(self) -> None:
         """Point the A's that are to be pointed, in the groups to which dense gradients and no others have come."""
         for group in self._pointing():
@@ -633,8 +660,9 @@ class ReLoRAOptimizer(Optimizer):
             return False
         if any(factor.grad is not None for factor in self._all_factors()):
             raise RuntimeError(
-                "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
-                "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
+                "factor gradients, of the functional path or released, under a GradScaler, which cannot unscale them: "
+                "use bfloat16 autocast without a scaler, or the dense path (loss.backward() through the model itself) "
+                "with release_grads=False"
             )
         gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
@@ -657,6 +685,7 @@ _OWN = (
     "init",
     "prune",
     "max_grad_norm",
+    "release_grads",
     "seed",
     "_low_rank",
     "_base",

@@ -450,6 +450,27 @@ MUTATIONS = (
         "",
         ("test_distributed.py", "test_ddp_around_the_functional_model_communicates and None-kaiming"),
     ),
+    Mutation(
+        "forget the micro-batches before the last",
+        "gradients.py",
+        "factor.grad = gradient if factor.grad is None else factor.grad + gradient",
+        "factor.grad = gradient",
+        ("test_release.py", "every_model_trains_as_without and shared"),
+    ),
+    Mutation(
+        "keep the dense gradients that were released",
+        "optimizer.py",
+        "            selected.W.grad = None\n",
+        "",
+        ("test_release.py", "one_dense_gradient_lives"),
+    ),
+    Mutation(
+        "let an earlier optimizer keep the gradients",
+        "release.py",
+        "                _HANDLES[weight.W].remove()\n",
+        "                continue\n",
+        ("test_release.py", "last_optimizer_that_asks"),
+    ),
 )
 
 
