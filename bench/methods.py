@@ -2,13 +2,15 @@
 
 All share the model, AdamW's betas (0.9, 0.95), clipping at norm 1, a cosine with warm-up over a twentieth of the run
 down to a tenth of the peak, and two rates: `lr` for the matrices of the layers (or their factors), `rest_lr` for
-embeddings, head and norms. What a rival's package does it does itself; only its groups and its clock are set from here.
+embeddings, head and norms. The loss is under bfloat16 autocast and compiled, unless `dtype` or `compile` say otherwise.
+What a rival's package does it does itself; only its groups and its clock are set from here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, muon_beside_adamw, prune
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine, memory, muon_beside_adamw, prune
 
 Settings = dict[str, Any]
 BETAS = (0.9, 0.95)
@@ -26,9 +28,9 @@ MATRIX_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MAX_NORM = 1.0
 
 
-def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the next token, in nats, under bfloat16 autocast."""
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+def loss_fn(model: nn.Module, tokens: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return the mean cross-entropy of the next token, in nats, under autocast to a 16-bit dtype, or in float32."""
+    with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
         logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -43,16 +45,24 @@ def is_matrix(name: str) -> bool:
 
 
 class Trainer:
-    """A model and its loss, compiled, as all methods share them."""
+    """A model and its loss, compiled or not, as all methods share them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    optimizer: Optimizer
+    restart: Callable[[], None] | None = None  # where the method has restarts
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.loss = torch.compile(lambda tokens: loss_fn(model, tokens))
+        self.loss_fn = partial(loss_fn, dtype=settings.get("dtype", torch.bfloat16))
+        loss = partial(self.loss_fn, model)
+        self.loss: Callable[[Tensor], Tensor] = torch.compile(loss) if settings.get("compile", True) else loss
+
+    def trained(self) -> Iterable[Tensor]:
+        """The tensors whose gradients a step makes, and several processes would exchange."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def evaluate(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            loss: Tensor = self.loss(tokens)
-            return loss
+            return self.loss(tokens)
 
 
 class Dense(Trainer):
@@ -62,7 +72,7 @@ class Dense(Trainer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if is_matrix(name)]
         rest = [p for name, p in named if not is_matrix(name)]
-        super().__init__(model)
+        super().__init__(model, settings)
         self.optimizer = self.make(matrices, rest, settings, seed)
         self.scheduler = LambdaLR(self.optimizer, self.multiplier(settings, steps))
         self.num_trainable = sum(p.numel() for _, p in named)
@@ -76,7 +86,7 @@ class Dense(Trainer):
         return lambda done: schedule(done + 1)
 
     def step(self, tokens: Tensor) -> Tensor:
-        loss: Tensor = self.loss(tokens)
+        loss = self.loss(tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], MAX_NORM)
         self.optimizer.step()
@@ -103,13 +113,8 @@ class GaLore(Dense):
         os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
         from galore_torch import GaLoreAdamW
 
-        own = {key: settings[key] for key in ("rank", "update_proj_gap", "scale")}
-        groups = [
-            {"params": matrices, "lr": settings["lr"], "proj_type": "std", **own},
-            {"params": rest, "lr": settings["rest_lr"]},
-        ]
-        optimizer: Optimizer = GaLoreAdamW(groups, betas=BETAS, no_deprecation_warning=True)
-        return optimizer
+        groups = _projected(matrices, rest, settings)
+        return GaLoreAdamW(groups, betas=BETAS, no_deprecation_warning=True)
 
 
 class Apollo(Dense):
@@ -118,13 +123,18 @@ class Apollo(Dense):
     def make(self, matrices: list[Tensor], rest: list[Tensor], settings: Settings, seed: int) -> Optimizer:
         from pytorch_optimizer import APOLLO
 
-        own = {key: settings[key] for key in ("rank", "update_proj_gap", "scale")}
-        groups = [
-            {"params": matrices, "lr": settings["lr"], "projection_type": "std", **own},
-            {"params": rest, "lr": settings["rest_lr"]},
-        ]
-        optimizer: Optimizer = APOLLO(groups, betas=BETAS, scale_type=settings.get("scale_type", "channel"))
-        return optimizer
+        return APOLLO(
+            _projected(matrices, rest, settings), betas=BETAS, scale_type=settings.get("scale_type", "channel")
+        )
+
+
+class Fira(Dense):
+    """pytorch_optimizer's Fira."""
+
+    def make(self, matrices: list[Tensor], rest: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+        from pytorch_optimizer import Fira as AdamWithFira
+
+        return AdamWithFira(_projected(matrices, rest, settings), betas=BETAS)
 
 
 class Peft(Dense):
@@ -155,10 +165,10 @@ class Peft(Dense):
         loss = super().step(tokens)
         self.num_updates += 1
         if self.every and self.num_updates % self.every == 0:
-            self.merge_and_reset()
+            self.restart()
         return loss
 
-    def merge_and_reset(self) -> None:
+    def restart(self) -> None:
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
@@ -171,20 +181,21 @@ class Peft(Dense):
 
 
 class ReLoRA(Trainer):
-    """ReLoRAOptimizer on the functional path, compiled: everything that this project offers is a setting."""
+    """ReLoRAOptimizer, on the functional path unless `path` is "dense": all that this project offers is a setting."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
         settings = dict(settings)
         lr, rest_lr = settings.pop("lr"), settings.pop("rest_lr")
         clock = {key: settings.pop(key, 0) for key in ("restart_every", "restart_warmup", "warm_start")}
         strategy = settings.pop("prune", "reset")
-        base = settings.pop("base", "adamw")
+        base, path = settings.pop("base", "adamw"), settings.pop("path", "functional")
+        precision = {"dtype": settings.pop("dtype", torch.bfloat16), "compile": settings.pop("compile", True)}
         matrices = [(name, p) for name, p in model.named_parameters() if is_matrix(name)]
         rest = [(name, p) for name, p in model.named_parameters() if not is_matrix(name)]
         low_rank = {"rank": settings.pop("rank"), "lr": lr, "is_matrices": True}
         groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, "is_matrices": False}]
-        super().__init__(model)
-        self.optimizer = ReLoRAOptimizer(
+        super().__init__(model, precision)
+        self.optimizer: ReLoRAOptimizer = ReLoRAOptimizer(
             groups,
             _BASES[base],
             schedule=JaggedSchedule(**clock, outer=outer(steps)),
@@ -193,13 +204,34 @@ class ReLoRA(Trainer):
             seed=seed,
             **settings,
         )
-        self.step = self.optimizer.make_step(model, loss_fn, compile=True)
+        self.restart, self.is_functional = self.optimizer.restart, path == "functional"
+        if self.is_functional:
+            self.step = self.optimizer.make_step(model, self.loss_fn, compile=precision["compile"])
+        else:
+            self.step = self._dense_step
+
+    def trained(self) -> Iterable[Tensor]:
+        return self.optimizer.functional(self.model).parameters() if self.is_functional else super().trained()
+
+    def _dense_step(self, tokens: Tensor) -> Tensor:
+        loss = self.loss(tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
     @property
     def num_trainable(self) -> int:
-        from relora_opt import memory
-
         return memory(self.optimizer).num_trainable
+
+
+def _projected(matrices: list[Tensor], rest: list[Tensor], settings: Settings) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer that projects gradients; the packages call the same option differently."""
+    own = {key: settings[key] for key in ("rank", "update_proj_gap", "scale")}
+    return [
+        {"params": matrices, "lr": settings["lr"], "proj_type": "std", "projection_type": "std", **own},
+        {"params": rest, "lr": settings["rest_lr"]},
+    ]
 
 
 def _adamw(groups: Any) -> Optimizer:
@@ -221,6 +253,7 @@ METHODS: dict[str, Any] = {
     "muon": MuonDense,
     "galore": GaLore,
     "apollo": Apollo,
+    "fira": Fira,
     "peft": Peft,
     "relora": ReLoRA,
 }

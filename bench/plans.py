@@ -195,18 +195,27 @@ def leaks() -> list[Spec]:
 
 def long() -> list[Spec]:
     """Long enough for a sixteenth of the width to be too little? Four times the updates of the grids."""
-    trials: dict[str, dict[str, Any]] = {
-        "no restart": {},
-        "restarts every 1000, state carried": {"restart_every": 1000, "state": "carry"},
-        "leak 0.002": {"leak": 0.002},
-        "restarts every 1000": {"restart_every": 1000, "restart_warmup": 50},
-    }
+    carried: dict[str, Any] = {"state": "carry"}
+    trials: list[tuple[str, dict[str, Any]]] = [
+        ("no restart", {}),
+        ("restarts every 1000, state carried", {"restart_every": 1000, **carried}),
+        ("leak 0.002", {"leak": 0.002}),
+        ("restarts every 1000", {"restart_every": 1000, "restart_warmup": 50}),
+        ("leak 0.005", {"leak": 0.005}),
+        ("restarts every 500, state carried", {"restart_every": 500, **carried}),
+        ("leak 0.01", {"leak": 0.01}),
+        ("restarts every 250, state carried", {"restart_every": 250, **carried}),
+        ("no restart", {"lr": 2.8e-3}),
+        ("restarts every 500, state carried", {"restart_every": 500, **carried, "lr": 2.8e-3}),
+        ("leak 0.005", {"leak": 0.005, "lr": 2.8e-3}),
+        ("no restart", {"lr": 1.4e-3}),
+    ]
     place = ("w128", "botocore", 4 * STEPS, 0)
     return [
         Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, *place),
         *(
-            Spec(f"Adam, rank 8, {name}", "variant", {"rest_lr": 8e-3, "rank": 8, **own, "lr": 2e-3}, *place)
-            for name, own in trials.items()
+            Spec(f"Adam, rank 8, {name}", "variant", {"rest_lr": 8e-3, "rank": 8, "lr": 2e-3, **own}, *place)
+            for name, own in trials
         ),
     ]
 

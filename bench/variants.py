@@ -147,7 +147,7 @@ class Variant(Trainer):
     """The trainer of `methods` over these weights."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
-        super().__init__(model)
+        super().__init__(model, settings)
         self.settings, self.outer = settings, outer(steps)
         self.steps, self.num_updates, self.num_restarts = steps, 0, 0
         named = list(model.named_parameters())
@@ -159,7 +159,7 @@ class Variant(Trainer):
         self.num_trainable += sum(settings["rank"] * sum(w.W.shape) for w in self.weights)
 
     def step(self, tokens: Tensor) -> Tensor:
-        loss: Tensor = self.loss(tokens)
+        loss = self.loss(tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self._update()

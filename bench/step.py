@@ -1,0 +1,301 @@
+"""How long a training step takes, beside the rivals and beside the bound.
+
+    python -m bench.step                                  width 768, rank 32, float32
+    python -m bench.step --width 512 --rank 32 --dtype bfloat16
+    python -m bench.step --methods full ours peft         these alone
+
+All methods live in one process and take turns, in an order that changes every round, on the same batches and threads;
+times are medians. Methods with `, compiled` compile forward and backward; the others run eagerly. The bound is how many
+times as fast as full rank a method would be if products of matrices were all there is (costs.py). Memory is measured in
+a process for each method. Prints a table and writes results/step-*.json and its picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+from torch import Tensor
+
+from .costs import Shape, bound
+from .methods import METHODS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_WARM_UP = 3
+_STEPS = 1000  # the length of the schedules; no restart or refresh falls into what is timed
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table: a method of methods.py, with the formula of costs.py that it is held against."""
+
+    name: str
+    method: str
+    cost: str
+    settings: dict[str, Any]
+
+    def build(self, shape: Shape, rank: int, dtype: torch.dtype) -> Any:
+        """Return its trainer over a fresh model; every contender's has the same weights."""
+        model = Llama(
+            LlamaConfig(
+                shape.vocab_size,
+                shape.width,
+                shape.inner,
+                shape.num_layers,
+                max(1, shape.width // 64),
+                max_position_embeddings=shape.seq_len,
+            )
+        )
+        init_weights(model, seed=0)
+        given = {key: rank if value == "rank" else value for key, value in self.settings.items()}
+        return METHODS[self.method](model, {"lr": 1e-4, "rest_lr": 1e-4, "dtype": dtype, **given}, _STEPS, 0)
+
+
+_OURS = {"rank": "rank", "alpha": "matched", "init": "orthogonal"}
+_PEFT = {"rank": "rank", "alpha": "rank", "restart_every": 0, "restart_warmup": 0}
+_PROJECTED = {"rank": "rank", "update_proj_gap": 10**9, "scale": 0.25}
+_EAGER = {"compile": False}
+CONTENDERS = {
+    "full": Contender("full-rank AdamW, compiled", "full", "full", {}),
+    "full-eager": Contender("full-rank AdamW", "full", "full", _EAGER),
+    "ours": Contender("relora-opt, compiled", "relora", "functional", _OURS),
+    "ours-eager": Contender("relora-opt", "relora", "functional", {**_OURS, **_EAGER}),
+    "dense": Contender("relora-opt, dense path, compiled", "relora", "dense", {**_OURS, "path": "dense"}),
+    "peft": Contender("PEFT LoRA, compiled", "peft", "peft", _PEFT),
+    "peft-eager": Contender("PEFT LoRA", "peft", "peft", {**_PEFT, **_EAGER}),
+    "galore": Contender("galore-torch, compiled", "galore", "galore", _PROJECTED),
+    "apollo": Contender("APOLLO, compiled", "apollo", "apollo", _PROJECTED),
+    "fira": Contender("Fira, compiled", "fira", "fira", _PROJECTED),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a contender.
+
+    Args:
+        seconds: of every timed step.
+        ratio: median of full-rank AdamW's seconds / own, round by round.
+        bound: the ratio that the products of matrices allow.
+        peak_bytes: how far a step raises resident memory above what it is between steps: gradients, activations.
+        state_bytes: persistent, beside the weights: optimizer state and factors.
+        sent_bytes: gradients that a data-parallel step would send.
+        restart_seconds: a restart, or merge and reset; None where there is none.
+    """
+
+    name: str
+    seconds: list[float]
+    ratio: float
+    bound: float
+    peak_bytes: int
+    state_bytes: int
+    sent_bytes: int
+    restart_seconds: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2
+
+
+def batches(shape: Shape) -> Iterator[Tensor]:
+    """Yield random batches for ever; every call yields the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, shape.vocab_size, (shape.batch_size, shape.seq_len + 1), generator=generator)
+
+
+def alternate(steps: dict[str, Callable[[Tensor], Any]], shape: Shape, repeats: int) -> dict[str, list[float]]:
+    """Time every step on the same batches, in rounds, in an order that changes."""
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    shuffled, order = list(steps), random.Random(0)
+    for number, tokens in zip(range(_WARM_UP + repeats), batches(shape), strict=False):
+        order.shuffle(shuffled)
+        for key in shuffled:
+            start = time.perf_counter()
+            steps[key](tokens)
+            if number >= _WARM_UP:
+                times[key].append(time.perf_counter() - start)
+    return times
+
+
+def state_bytes(trainer: Any, num_parameters: int) -> int:
+    """Return the bytes that a trainer keeps beside the model's own parameters: state, and what else it trains."""
+    added = sum(p.numel() for p in trainer.model.parameters()) - num_parameters  # PEFT's factors, in float32
+    return sum(map(_bytes, _tensors(list(trainer.optimizer.state.values())))) + 4 * added
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):  # the projector of a package
+        yield from _tensors(vars(value))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure_peak(trainer: Any, shape: Shape) -> int:
+    """Return by how much a step raises resident memory above what it is between steps (Linux)."""
+    source = batches(shape)
+    for _ in range(2):  # compiling takes memory of its own, and state appears
+        trainer.step(next(source))
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    trainer.step(next(source))
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def _peak_in_process(key: str, arguments: argparse.Namespace) -> int:
+    """Measure a contender's peak in a process of its own, in which large blocks go back to the system when freed."""
+    own = [f"--{name}={getattr(arguments, name)}" for name in ("width", "rank", "dtype", "threads", "tokens")]
+    command = [sys.executable, "-m", "bench.step", "--peak", key, *own]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> list[Row]:
+    """Time the contenders beside each other and return their rows; full rank is the first of them."""
+    trainers, num_parameters = {}, 0
+    for key in keys:
+        print(f"building {CONTENDERS[key].name}", file=sys.stderr)
+        trainers[key] = CONTENDERS[key].build(shape, arguments.rank, getattr(torch, arguments.dtype))
+        num_parameters = num_parameters or sum(p.numel() for p in trainers[key].model.parameters())
+    times = alternate({key: trainer.step for key, trainer in trainers.items()}, shape, arguments.repeats)
+    rows = []
+    for key, trainer in trainers.items():
+        contender, restart = CONTENDERS[key], trainer.restart
+        state, sent = state_bytes(trainer, num_parameters), sum(map(_bytes, trainer.trained()))
+        rows.append(
+            Row(
+                contender.name,
+                times[key],
+                statistics.median(full / own for full, own in zip(times[keys[0]], times[key], strict=True)),
+                bound(contender.cost, shape, arguments.rank),
+                0 if arguments.no_memory else _peak_in_process(key, arguments),
+                state,
+                sent,
+                None if restart is None else statistics.median(_seconds(restart) for _ in range(3)),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row], shape: Shape) -> str:
+    """Return the table for a terminal, the fastest first."""
+    lines = [
+        f"{'':36} {'ms':>8} {'±':>5} {'tokens/s':>9} {'ratio':>6} {'bound':>6} {'share':>6} "
+        f"{'peak MB':>8} {'state MB':>8} {'sent MB':>8} {'restart ms':>10}"
+    ]
+    for row in sorted(rows, key=lambda row: row.median):
+        restart = "" if row.restart_seconds is None else f"{1000 * row.restart_seconds:.0f}"
+        lines.append(
+            f"{row.name:36} {1000 * row.median:8.0f} {1000 * row.spread:5.0f} {shape.num_tokens / row.median:9.0f} "
+            f"{row.ratio:6.3f} {row.bound:6.3f} {row.ratio / row.bound:6.3f} {row.peak_bytes / 1e6:8.0f} "
+            f"{row.state_bytes / 1e6:8.1f} {row.sent_bytes / 1e6:8.1f} {restart:>10}"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    """Draw every method's ratio to full rank, with its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ordered = sorted(rows, key=lambda row: row.ratio)
+    figure, axes = plt.subplots(figsize=(9, 0.38 * len(rows) + 1.4), layout="constrained")
+    colours = ["#1d4ed8" if row.name.startswith("relora") else "#94a3b8" for row in ordered]
+    axes.barh([row.name for row in ordered], [row.ratio for row in ordered], color=colours)
+    for y, row in enumerate(ordered):
+        axes.plot([row.bound] * 2, [y - 0.4, y + 0.4], color="#c2410c", linewidth=2)
+        axes.text(0.02, y, f"{row.ratio:.2f}", va="center", color="white", fontsize=9)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast as full-rank AdamW, compiled; in red what products of matrices allow")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=768, help="feed-forward width is 8/3 of it")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--tokens", type=int, default=2048, help="a step, in sequences of 256")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="METHOD")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
+    parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU its backward pass is twice as slow as plain attention
+    inner = round(arguments.width * 8 / 3 / 16) * 16
+    shape = Shape(arguments.width, inner, 4, 4096, max(1, arguments.tokens // 256), 256)
+    if arguments.peak:
+        trainer = CONTENDERS[arguments.peak].build(shape, arguments.rank, getattr(torch, arguments.dtype))
+        print(measure_peak(trainer, shape))
+        return
+    keys = ["full", *(key for key in arguments.methods if key != "full")]
+    rows = measure(keys, shape, arguments)
+    name = f"step-w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{arguments.tokens}"
+    title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {arguments.tokens} tokens a step"
+    print(table(rows, shape))
+    RESULTS.mkdir(exist_ok=True)
+    result = {"command": sys.argv[1:], "environment": _environment(arguments.threads), "shape": asdict(shape)}
+    result["rows"] = [asdict(row) for row in rows]
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, title, RESULTS / f"{name}.png")
+    print(f"written: results/{name}.json and .png")
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "threads": threads,
+        "machine": platform.machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()
