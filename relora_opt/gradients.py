@@ -10,18 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .release import ProjectedGradient, numbers_of
 from .sharding import full, laid_out_as, mesh_of
 from .state import LowRankState
 from .weight import project
-
-
-def absorb_(weight: LowRankState) -> None:
-    """Add the projection of the dense gradient W.grad, where there is one, to the factors' gradients."""
-    W, (A, B) = weight.W, (weight.A, weight.B)
-    if W.grad is not None:
-        for factor, projection in zip((A, B), project(W.grad, A, B, weight.scale), strict=True):
-            gradient = laid_out_as(projection, factor)
-            factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
 
 @contextmanager
@@ -33,12 +25,22 @@ def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     """
     weights = list(weights)
     for weight in weights:
-        absorb_(weight)
+        for factor, projection in zip((weight.A, weight.B), _projections(weight), strict=False):
+            gradient = laid_out_as(projection, factor)
+            factor.grad = gradient if factor.grad is None else factor.grad + gradient
     try:
         yield
     finally:
         for weight in weights:
             weight.A.grad = weight.B.grad = None
+
+
+def _projections(weight: LowRankState) -> tuple[Tensor, ...]:
+    """Return what W.grad, where there is one, gives to the gradients of A and B."""
+    gradient = weight.W.grad
+    if isinstance(gradient, ProjectedGradient):
+        return gradient.use(weight.A, weight.B)
+    return () if gradient is None else project(gradient, weight.A, weight.B, weight.scale)
 
 
 def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
@@ -50,7 +52,10 @@ def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
 
 def are_finite(parameters: Iterable[Tensor]) -> bool:
     """Say whether the norm of all gradients together is finite; this waits for the device."""
-    return bool(_total_norm(_by_mesh(parameters)).isfinite())
+    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    for gradient in (part for p in parameters for part in numbers_of(p.grad)):
+        by_mesh[mesh_of(gradient)].append(gradient)
+    return bool(_total_norm(by_mesh.values()).isfinite())
 
 
 def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -58,24 +63,19 @@ def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
     Sharded gradients count whole, and may lie on several meshes, or beside others that are not sharded.
     """
-    parts = _by_mesh(parameters)
-    norm = _total_norm(parts)
-    for part in parts:
+    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh[mesh_of(p)].append(p)
+    norm = _total_norm([p.grad for p in part if p.grad is not None] for part in by_mesh.values())
+    for part in by_mesh.values():
         nn.utils.clip_grads_with_norm_(part, max_norm, norm)
     return norm
 
 
-def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return the parameters that have gradients, in lists that one operation can take."""
-    parts: dict[object, list[Tensor]] = defaultdict(list)
-    for p in parameters:
-        if p.grad is not None:
-            parts[mesh_of(p)].append(p)
-    return list(parts.values())
-
-
-def _total_norm(parts: list[list[Tensor]]) -> Tensor:
-    norms = [full(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+def _total_norm(parts: Iterable[list[Tensor]]) -> Tensor:
+    """Return the norm of gradients together, in lists that one operation can take."""
+    norms = [full(nn.utils.get_total_norm(part)) for part in parts]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 

@@ -76,8 +76,9 @@ class ReLoRAOptimizer(Optimizer):
         factor_lr: multiplies the learning rate of factors only.
         max_grad_norm: clips the norm of factor and dense gradients together; None leaves them alone.
         release_grads: project each dense gradient onto its factors during the backward pass and free it, so that one at
-            a time lives (see release.py): `grad` of a low-rank weight is None after `backward()`. For the dense path
-            in one process. With init "gradient", A is then pointed by sketches, as on the functional path.
+            a time lives: `grad` of a low-rank weight then has no numbers of its own (see release.py), and clipping is
+            `max_grad_norm`'s. For the dense path in one process. With init "gradient", A is pointed by sketches, as on
+            the functional path.
         seed: keys every draw, together with the parameter's name and the number of restarts.
         options: the base optimizer's keyword arguments.
 
@@ -364,6 +365,7 @@ class ReLoRAOptimizer(Optimizer):
             group["pointing"] = self._num_sketches(group)
         prune_states_(self._selected(), self.state, self._base, self.prune, seed=self.seed, restart=restart)
         for W, slot, _, _ in self._selected():
+            W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
 
     def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -555,24 +557,27 @@ class ReLoRAOptimizer(Optimizer):
             )
 
     def _attach(self, *, takes_over: bool) -> None:
-        """Hook the low-rank weights whose dense gradients are to be released."""
+        """Hook the low-rank weights whose dense gradients are to be released; leave no other optimizer's hook."""
         if self.release_grads:
             self._check_sketches("with release_grads=True")
-            release.attach(self._selected(), self._release, takes_over=takes_over)
+            release.attach(self._selected(), self._find_to_release, takes_over=takes_over)
+        elif takes_over:
+            for selected in self._selected():
+                release.detach(selected.W)
 
-    def _release(self, number: int, place: int) -> None:
-        """Turn the dense gradient of a low-rank weight into its factors' and drop it; before the switch, leave it."""
-        if self.is_low_rank:
-            group = self.param_groups[number]
-            selected = Selected(group["params"][place], self._slots[number][place], group, number)
-            gradients.absorb_(LowRankState(selected.W, self._entry(selected), self._scale(selected)))
-            selected.W.grad = None
+    def _find_to_release(self, number: int, place: int) -> LowRankState | None:
+        """Return the weight at a place of a group, where it has factors now."""
+        if not self.is_low_rank:
+            return None
+        group = self.param_groups[number]
+        selected = Selected(group["params"][place], self._slots[number][place], group, number)
+        return LowRankState(selected.W, self._entry(selected), self._scale(selected))
 
     def _point(self) -> None:
         """Point the A's that are to be pointed, in the groups to which dense gradients and no others have come."""
         for group in self._pointing():
             weights = list(self._low_rank_weights([group]))
-            if any(w.W.grad is not None for w in weights) and not any(w.has_gradient for w in weights):
+            if any(release.is_dense(w.W.grad) for w in weights) and not any(w.has_gradient for w in weights):
                 pointing.point_(weights)
                 group["pointing"] = 0
 
@@ -660,9 +665,8 @@ class ReLoRAOptimizer(Optimizer):
             return False
         if any(factor.grad is not None for factor in self._all_factors()):
             raise RuntimeError(
-                "factor gradients, of the functional path or released, under a GradScaler, which cannot unscale them: "
-                "use bfloat16 autocast without a scaler, or the dense path (loss.backward() through the model itself) "
-                "with release_grads=False"
+                "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
+                "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
             )
         gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
@@ -671,7 +675,7 @@ class ReLoRAOptimizer(Optimizer):
         """Say whether this is the step by which torch.distributed.checkpoint makes state: it changes nothing."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        found = [p.grad for p in self.parameters() if p.grad is not None]
+        found = [part for p in self.parameters() for part in release.numbers_of(p.grad)]
         return bool(found) and not any(bool(full(gradient.any())) for gradient in found)
 
 

@@ -22,9 +22,16 @@ from zoo import TORCH
 from zoo_transformers import TRANSFORMERS
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, muon_beside_adamw
+from relora_opt.release import ProjectedGradient
 
 DOUBLE = torch.float64
 CASES = {**TORCH, **TRANSFORMERS}
+
+
+def is_released(W: Tensor) -> bool:
+    return isinstance(W.grad, ProjectedGradient)
+
+
 SCHEDULE = JaggedSchedule(3, restart_warmup=2, warm_start=2)  # a switch after 2, restarts after 5 and 8
 
 
@@ -176,15 +183,15 @@ def test_one_dense_gradient_lives_at_a_time(release_grads: bool, most: int) -> N
     model, counts = Deep(), []
     for W in model.parameters():
         W.register_post_accumulate_grad_hook(
-            lambda _: counts.append(sum(p.grad is not None for p in model.parameters()))
+            lambda _: counts.append(sum(not is_released(p) and p.grad is not None for p in model.parameters()))
         )
     optimizer = ReLoRAOptimizer(model, rank=2, targets="weight", release_grads=release_grads, lr=1e-3)
     for _ in range(2):
         model(torch.ones(1, 256)).sum().backward()
     assert max(counts) == most
-    assert all((p.grad is None) == release_grads for p in model.parameters())
+    assert all(is_released(p) == release_grads for p in model.parameters())
     optimizer.step()
-    assert all((p.grad is None) == release_grads for p in model.parameters())
+    assert all(is_released(p) == release_grads for p in model.parameters())
 
 
 def peak(model: nn.Module) -> int:
@@ -215,21 +222,153 @@ def test_the_backward_pass_takes_the_bytes_of_one_dense_gradient() -> None:
 def test_before_the_switch_the_base_gets_dense_gradients() -> None:
     model = mlp()
     optimizer = relora(model, schedule=JaggedSchedule(4, warm_start=1), release_grads=True)
-    mse(model, *batch(0)).backward()
-    assert all(W.grad is not None for W in selected_weights(model).values())
-    optimizer.step()
-    optimizer.zero_grad()
-    mse(model, *batch(1)).backward()
-    assert all(W.grad is None for W in selected_weights(model).values())
-    assert all(factor.grad is not None for W in selected_weights(model).values() for factor in optimizer.factors(W))
+    for u in range(2):
+        mse(model, *batch(u)).backward()
+        assert all(is_released(W) == (u == 1) for W in selected_weights(model).values())
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_zero_grad_forgets_what_was_released() -> None:
+DISCARDS: dict[str, Callable[[nn.Module, ReLoRAOptimizer], None]] = {
+    "optimizer.zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "optimizer.zero_grad to zero": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad": lambda model, optimizer: model.zero_grad(),
+    "model.zero_grad to zero": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "parameters": lambda model, optimizer: [setattr(p, "grad", None) for p in model.parameters()],  # type: ignore
+}
+
+
+@pytest.mark.parametrize("discard", DISCARDS)
+def test_gradients_that_are_discarded_train_nothing(discard: str) -> None:
+    """A bad batch that a loop skips, or a generator's gradients that reach the discriminator's weights."""
+    runs = []
+    for is_disturbed in (True, False):
+        model = mlp()
+        optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+        for u in range(6):
+            if is_disturbed:
+                (1e9 * mse(model, *batch(50 + u))).backward()
+                DISCARDS[discard](model, optimizer)
+            mse(model, *batch(u)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(snapshot(model, optimizer))
+    assert not differences(*runs)
+
+
+SCALINGS: dict[str, Callable[[nn.Parameter], Any]] = {
+    "mul_": lambda p: p.grad.mul_(0.25),
+    "div_": lambda p: p.grad.div_(4),
+    "by a tensor": lambda p: p.grad.mul_(torch.tensor(0.25)),
+    "together": lambda p: torch._foreach_mul_([p.grad], 0.25),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_gradients_train_as_dense_ones_do(scaling: str) -> None:
+    runs = []
+    for release_grads in (True, False):
+        model = mlp(DOUBLE)
+        optimizer = relora(model, "SGD", schedule=JaggedSchedule(4), release_grads=release_grads)
+        for u in range(6):
+            mse(model, *batch(u, DOUBLE)).backward()
+            for p in model.parameters():
+                SCALINGS[scaling](p)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(model.state_dict())
+    close(*runs)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_scaler_trains_as_without_and_skips_what_is_not_finite(by_hand: bool) -> None:
+    runs = []
+    for release_grads in (True, False):
+        model = mlp()
+        optimizer = relora(model, "SGD", schedule=JaggedSchedule(4), release_grads=release_grads)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for u in range(8):
+            factor = float("inf") if u == 3 else 1.0
+            scaler.scale(factor * mse(model, *batch(u))).backward()
+            if by_hand:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.num_updates == 7
+        runs.append(model.state_dict())
+    close(*runs, tolerance=1e-5)
+
+
+def adamw(model: nn.Module) -> None:
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+
+
+WANTS: dict[str, Callable[[nn.Module], Any]] = {
+    "clipping": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+    "clipping, one by one": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False),
+    "clipping of values": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1.0),
+    "another optimizer": adamw,
+    "a norm": lambda model: [p.grad.norm() for p in model.parameters()],  # type: ignore[union-attr]
+    "a product": lambda model: [p.grad * p for p in model.parameters()],
+    "noise": lambda model: [p.grad.add_(p.grad.clone()) for p in model.parameters()],  # type: ignore[union-attr]
+    "a mask": lambda model: [p.grad.mul_(p.detach() > 0) for p in model.parameters()],  # type: ignore[union-attr]
+}
+
+
+@pytest.mark.parametrize("want", WANTS)
+def test_what_wants_the_numbers_of_a_gradient_is_refused(want: str) -> None:
+    """It would take them for zero, or pass the weight over, in silence."""
     model = mlp()
     optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
     mse(model, *batch(0)).backward()
-    optimizer.zero_grad()
-    assert all(factor.grad is None for W in selected_weights(model).values() for factor in optimizer.factors(W))
+    with pytest.raises(RuntimeError, match=r"projected onto its factors and freed \(release_grads=True\): clip by"):
+        WANTS[want](model)
+    assert optimizer.num_updates == 0
+
+
+def test_a_gradient_serves_one_step() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+    mse(model, *batch(0)).backward()
+    assert repr(model.first.weight.grad) == "ProjectedGradient((6, 7), kept as those of factors)"
+    optimizer.step()
+    assert repr(model.first.weight.grad) == "ProjectedGradient((6, 7), used)"
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) between step\(\) and the next backward\(\)"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) between step\(\) and the next backward\(\)"):
+        mse(model, *batch(0)).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_graph_of_the_gradient_is_accumulated_too() -> None:
+    runs = []
+    for create_graph in (True, False):
+        model = mlp()
+        optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+        for u in range(2):
+            torch.autograd.backward(mse(model, *batch(u)), create_graph=create_graph)
+        optimizer.step()
+        runs.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        optimizer.zero_grad()
+    close(*runs, tolerance=1e-5)
+
+
+def test_gradients_are_looked_at_for_whether_they_are_finite() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+    for factor, is_finite in ((1.0, True), (float("nan"), False)):
+        (factor * mse(model, *batch(0))).backward()
+        assert optimizer.has_finite_gradients() == is_finite
+        optimizer.zero_grad()
+
+
+def test_a_restart_by_hand_forgets_what_was_projected_onto_the_old_factors() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(0), release_grads=True)
+    mse(model, *batch(0)).backward()
+    optimizer.restart()
+    assert all(W.grad is None for W in selected_weights(model).values())
 
 
 def copies(model: nn.Module, optimizer: ReLoRAOptimizer) -> Iterator[tuple[nn.Module, ReLoRAOptimizer]]:
@@ -244,9 +383,9 @@ def test_copies_release_their_own(updates: int) -> None:
     train(model, optimizer, lambda model: mse(model, *batch(0)), updates)
     for twin, copied in copies(model, optimizer):
         mse(twin, *batch(1)).backward()
-        assert all(W.grad is None for W in selected_weights(twin).values())
-        assert all(factor.grad is not None for W in selected_weights(twin).values() for factor in copied.factors(W))
-        assert all(factor.grad is None for W in selected_weights(model).values() for factor in optimizer.factors(W))
+        assert all(is_released(W) for W in selected_weights(twin).values())
+        assert not any(is_released(W) for W in selected_weights(model).values())
+        copied.step()
 
 
 def test_a_loaded_state_goes_on_bitwise() -> None:
@@ -261,24 +400,41 @@ def test_a_loaded_state_goes_on_bitwise() -> None:
         step = stepper("dense", optimizer, model)
         for u in range(4, 10):
             step(*batch(u))
-            assert all(W.grad is None for W in selected_weights(model).values())
     assert not differences(snapshot(*made), snapshot(*resumed))
 
 
-def test_the_last_optimizer_that_asks_gets_the_gradients() -> None:
-    """Of the optimizers that a notebook's cell leaves alive, the first would take them all, and nothing would train."""
+@pytest.mark.parametrize("release_grads", [True, False])
+def test_the_last_optimizer_gets_the_gradients(release_grads: bool) -> None:
+    """Of the optimizers that a notebook's cells leave alive."""
     model = mlp()
     first = relora(model, schedule=JaggedSchedule(4), release_grads=True)
-    second = relora(model, schedule=JaggedSchedule(4), release_grads=True)
     mse(model, *batch(0)).backward()
-    for W in selected_weights(model).values():
-        assert all(factor.grad is None for factor in first.factors(W))
-        assert all(factor.grad is not None for factor in second.factors(W))
+    second = relora(model, schedule=JaggedSchedule(4), release_grads=release_grads)
+    with pytest.raises(RuntimeError, match=r"onto the factors of another optimizer.*call zero_grad\(\)"):
+        second.step()
+    second.zero_grad()
+    before = {name: W.detach().clone() for name, W in selected_weights(model).items()}
+    mse(model, *batch(0)).backward()
+    assert all(is_released(W) == release_grads for W in selected_weights(model).values())
+    second.step()
+    assert not any(torch.equal(W, before[name]) for name, W in selected_weights(model).items())
     del first, second
     gc.collect()
     model.zero_grad()
     mse(model, *batch(0)).backward()
-    assert all(W.grad is not None for W in selected_weights(model).values())
+    assert all(W.grad is not None and not is_released(W) for W in selected_weights(model).values())
+
+
+def test_a_shallow_copy_takes_nothing_away() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+    step = stepper("dense", optimizer, model)
+    step(*batch(0))
+    copied = copy.copy(optimizer)
+    before = {name: W.detach().clone() for name, W in selected_weights(model).items()}
+    step(*batch(1))
+    assert not any(torch.equal(W, before[name]) for name, W in selected_weights(model).items())
+    del copied
 
 
 def test_parameters_put_in_the_place_of_others_are_released_from_their_first_update_on() -> None:
@@ -293,7 +449,7 @@ def test_parameters_put_in_the_place_of_others_are_released_from_their_first_upd
     for u in range(2):
         before = {name: W.detach().clone() for name, W in selected_weights(model).items()}
         mse(model, *batch(u)).backward()
-        assert all((W.grad is None) == (u > 0) for W in selected_weights(model).values())
+        assert all(is_released(W) == (u > 0) for W in selected_weights(model).values())
         optimizer.step()
         assert not any(torch.equal(W, before[name]) for name, W in selected_weights(model).items())
         optimizer.zero_grad()
@@ -306,19 +462,10 @@ def test_added_groups_are_released() -> None:
     optimizer.add_param_group({"params": [("extra.weight", extra.weight)]})
     assert optimizer.selected == ["first.weight", "extra.weight"]
     extra(torch.ones(1, 9)).sum().backward()
-    assert extra.weight.grad is None
+    assert is_released(extra.weight)
 
 
 # ---- what is refused
-
-
-def test_a_scaler_is_refused_because_it_cannot_unscale_factor_gradients() -> None:
-    model = mlp()
-    optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale(mse(model, *batch(0))).backward()
-    with pytest.raises(RuntimeError, match=r"released, under a GradScaler.*release_grads=False"):
-        scaler.step(optimizer)
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])
