@@ -76,9 +76,8 @@ class ReLoRAOptimizer(Optimizer):
         factor_lr: multiplies the learning rate of factors only.
         max_grad_norm: clips the norm of factor and dense gradients together; None leaves them alone.
         release_grads: project each dense gradient onto its factors during the backward pass and free it, so that one at
-            a time lives: `grad` of a low-rank weight then has no numbers of its own (see release.py), and clipping is
-            `max_grad_norm`'s. For the dense path in one process. With init "gradient", A is pointed by sketches, as on
-            the functional path.
+            a time lives: `grad` of a low-rank weight then has no numbers of its own (see release.py). For the dense
+            path in one process. With init "gradient", A is pointed by sketches, as on the functional path.
         seed: keys every draw, together with the parameter's name and the number of restarts.
         options: the base optimizer's keyword arguments.
 

@@ -4,8 +4,8 @@
 
 so that one dense gradient of a low-rank weight lives at a time (of a weight that is used several times, from its first
 use in the backward pass to its last). `W.grad` stays the one place of a gradient: a `ProjectedGradient` of W's shape
-takes part in accumulation, in scaling and in being zeroed or dropped, and refuses everything that wants its numbers, so
-that no clipping, penalty or other optimizer takes it for nothing.
+takes part in accumulation, in scaling, in clipping by norm (that of the factors' gradients) and in being zeroed or
+dropped, and refuses everything that wants its numbers, so that no penalty or other optimizer takes it for nothing.
 
 A hook sees the gradient of its own process. Where processes train together (DistributedDataParallel) gradients are
 reduced later, and the processes would drift apart: that is refused. This file does not know clocks or base optimizers.
@@ -65,15 +65,18 @@ class ProjectedGradient(Tensor):
                 for part in gradient._unused():
                     func(part, *rest)
                 return gradient
+            if func is aten.linalg_vector_norm.default and not kwargs and rest[1:2] in ([], [None]):
+                norms = [func(part, *rest) for part in gradient._unused()]
+                return func(torch.stack(norms), *rest)
         if func in _LINEAR_LISTS:
             for one in gradient:  # each by itself: they need not be of one dtype
                 for tensor in one._unused() if isinstance(one, cls) else (one,):
                     func([tensor], *rest)
             return None
         raise RuntimeError(
-            f"{func} on the gradient of a low-rank weight, which was projected onto its factors and freed "
-            "(release_grads=True): clip by the optimizer's max_grad_norm= (transformers' Trainer: max_grad_norm=0), "
-            "let no other optimizer train this weight, or construct with release_grads=False"
+            f"{func} on the gradient of a low-rank weight, which has no numbers: it was projected onto its factors and "
+            "freed (release_grads=True); let no other optimizer train this weight, or construct with "
+            "release_grads=False"
         )
 
     def use(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

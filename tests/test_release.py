@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import DTYPES, batch, differences, jagged_schedule, mlp, mse, relora, selected_weights, snapshot, stepper
+from models import (
+    DTYPES,
+    batch,
+    differences,
+    jagged_schedule,
+    mlp,
+    mse,
+    randomise_b,
+    relora,
+    selected_weights,
+    snapshot,
+    stepper,
+)
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +34,7 @@ from zoo import TORCH
 from zoo_transformers import TRANSFORMERS
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, muon_beside_adamw
-from relora_opt.release import ProjectedGradient
+from relora_opt.release import ProjectedGradient, numbers_of
 
 DOUBLE = torch.float64
 CASES = {**TORCH, **TRANSFORMERS}
@@ -305,11 +317,9 @@ def adamw(model: nn.Module) -> None:
 
 
 WANTS: dict[str, Callable[[nn.Module], Any]] = {
-    "clipping": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
-    "clipping, one by one": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False),
     "clipping of values": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1.0),
     "another optimizer": adamw,
-    "a norm": lambda model: [p.grad.norm() for p in model.parameters()],  # type: ignore[union-attr]
+    "norms of rows": lambda model: [p.grad.norm(dim=-1) for p in model.parameters()],  # type: ignore[union-attr]
     "a product": lambda model: [p.grad * p for p in model.parameters()],
     "noise": lambda model: [p.grad.add_(p.grad.clone()) for p in model.parameters()],  # type: ignore[union-attr]
     "a mask": lambda model: [p.grad.mul_(p.detach() > 0) for p in model.parameters()],  # type: ignore[union-attr]
@@ -322,9 +332,42 @@ def test_what_wants_the_numbers_of_a_gradient_is_refused(want: str) -> None:
     model = mlp()
     optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
     mse(model, *batch(0)).backward()
-    with pytest.raises(RuntimeError, match=r"projected onto its factors and freed \(release_grads=True\): clip by"):
+    with pytest.raises(RuntimeError, match=r"has no numbers: it was projected onto its factors and freed"):
         WANTS[want](model)
     assert optimizer.num_updates == 0
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
+def test_clipping_by_norm_is_that_of_the_factors_gradients(norm: float) -> None:
+    model = mlp(DOUBLE)
+    optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True)
+    randomise_b(optimizer, list(selected_weights(model).values()))
+    functional = optimizer.functional(model)
+    mse(functional, *batch(0, DOUBLE)).backward()
+    expected = nn.utils.clip_grad_norm_(functional.parameters(), 0.01, norm_type=norm)
+    gradients = [p.grad.clone() for W in selected_weights(model).values() for p in optimizer.factors(W)]  # type: ignore
+    optimizer.zero_grad()
+    mse(model, *batch(0, DOUBLE)).backward()
+    found = nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=norm)
+    torch.testing.assert_close(found, expected)
+    clipped = [part for W in selected_weights(model).values() for part in numbers_of(W.grad)]
+    for ours, theirs in zip(clipped, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_clipping_by_norm_is_what_max_grad_norm_does() -> None:
+    runs = []
+    for max_grad_norm in (None, 0.05):
+        model = mlp(DOUBLE)
+        optimizer = relora(model, schedule=JaggedSchedule(4), release_grads=True, max_grad_norm=max_grad_norm)
+        for u in range(6):
+            mse(model, *batch(u, DOUBLE)).backward()
+            if max_grad_norm is None:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(model.state_dict())
+    close(*runs)
 
 
 def test_a_gradient_serves_one_step() -> None:

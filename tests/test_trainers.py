@@ -94,14 +94,28 @@ def test_the_trainer_takes_optimizer_and_scheduler_and_makes_the_updates_of_a_pl
     assert optimizer.last_lr() == other.last_lr()
 
 
-def test_the_factory_selects_by_module_and_the_trainers_scheduler_drives_the_rates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("release_grads", [False, True])
+def test_the_factory_selects_by_module_and_the_trainers_scheduler_drives_the_rates(
+    tmp_path: Path, release_grads: bool
+) -> None:
     model = llama()
-    made = trainer(model, tmp_path, optimizer_cls_and_kwargs=(trainer_factory, OPTIONS), lr_scheduler_type="linear")
+    factory = (trainer_factory, {**OPTIONS, "release_grads": release_grads})
+    made = trainer(model, tmp_path, optimizer_cls_and_kwargs=factory, lr_scheduler_type="linear")
     made.train()
     expected, other = plain_loop()
     assert made.optimizer.optimizer.selected == other.selected
     assert not any("embed" in name or "lm_head" in name for name in other.selected)
     close(weights(model), weights(expected))
+
+
+def test_the_trainers_own_clipping_of_released_gradients_is_that_of_max_grad_norm(tmp_path: Path) -> None:
+    runs = []
+    for ours, theirs in ((0.1, 0.0), (None, 0.1)):
+        model = llama()
+        factory = (trainer_factory, {**OPTIONS, "release_grads": True, "max_grad_norm": ours})
+        trainer(model, tmp_path, optimizer_cls_and_kwargs=factory, max_grad_norm=theirs).train()
+        runs.append(weights(model))
+    close(*runs)
 
 
 def test_the_factory_wants_a_rate_because_the_trainer_keeps_its_own(tmp_path: Path) -> None:
