@@ -210,13 +210,18 @@ def long() -> list[Spec]:
         ("leak 0.005", {"leak": 0.005, "lr": 2.8e-3}),
         ("no restart", {"lr": 1.4e-3}),
     ]
+    ours: list[tuple[str, dict[str, Any]]] = [
+        ("every 500", {"restart_every": 500, "restart_warmup": 25}),
+        ("every 500, state kept, no ramp", {"restart_every": 500, "prune": "keep"}),
+        ("every 250", {"restart_every": 250, "restart_warmup": 25}),
+        ("every 500, ramp of 100", {"restart_every": 500, "restart_warmup": 100}),
+    ]
     place = ("w128", "botocore", 4 * STEPS, 0)
+    common: dict[str, Any] = {"rest_lr": 8e-3, "rank": 8, "lr": 2e-3}
     return [
         Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, *place),
-        *(
-            Spec(f"Adam, rank 8, {name}", "variant", {"rest_lr": 8e-3, "rank": 8, "lr": 2e-3, **own}, *place)
-            for name, own in trials
-        ),
+        *(Spec(f"ReLoRA, rank 8, {name}", "relora", {**MATCHED, **common, **own}, *place) for name, own in ours),
+        *(Spec(f"Adam, rank 8, {name}", "variant", {**common, **own}, *place) for name, own in trials),
     ]
 
 
