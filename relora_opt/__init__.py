@@ -6,7 +6,7 @@ Source: Lialin et al. 2023, "Stack More Layers Differently", arXiv 2307.05695.
 from . import prune
 from .bases import muon_beside_adamw
 from .export import save_merged
-from .metrics import Memory, memory
+from .metrics import Memory, Metrics, WeightMetrics, memory
 from .optimizer import ReLoRAOptimizer
 from .schedule import JaggedSchedule, constant, cosine, linear, wsd
 from .select import default_targets, target_names
@@ -21,8 +21,10 @@ __all__ = [
     "JaggedSchedule",
     "LowRankWeight",
     "Memory",
+    "Metrics",
     "ReLoRAOptimizer",
     "Step",
+    "WeightMetrics",
     "constant",
     "cosine",
     "default_targets",

@@ -73,6 +73,27 @@ def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
         return (B @ A) * scale
 
 
+def product_norm(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return the Frobenius norm of s B A as a scalar tensor: |B A|^2 = tr(B^T B A A^T), so nothing of W's size is made.
+
+    Batches of matrices have one norm together.
+    """
+    with torch.autocast(A.device.type, enabled=False):
+        squared = ((B.mT @ B) * (A @ A.mT)).sum()
+    return squared.clamp(min=0.0).sqrt() * scale
+
+
+def move_norm(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Return the Frobenius norm of s (B' A' - B A), of [B' - B, B] [A'; A' - A]: the small differences come first.
+
+    Args:
+        old: (A, B) before the step. new: (A', B') after it.
+    """
+    left = torch.cat((new[1] - old[1], old[1]), dim=-1)
+    right = torch.cat((new[0], new[0] - old[0]), dim=-2)
+    return product_norm(right, left, scale)
+
+
 def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
     """Move W by s (B' A' - B A) in place, as one product of rank 2r: [B', -B] [A'; A].
 

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, pointing, release
 from . import prune as pruning
-from .factors import INITS, draw_a, draw_generator, matrix_shape, product
+from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
@@ -49,6 +49,7 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from .metrics import Metrics
     from .step import FunctionalModel, Step
 
 Group = dict[str, Any]
@@ -95,7 +96,11 @@ class ReLoRAOptimizer(Optimizer):
     """
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
+    measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
     _last_lr: list[float]
+    _drafts: dict[Tensor, Entry]
+    _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
+    _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
     _fresh: Collection[str] | None = None  # what set_clock said
     _is_built = True  # False inside __init__
 
@@ -198,6 +203,8 @@ class ReLoRAOptimizer(Optimizer):
             result = inner.step(base, closure if self._passes_closure else None)
             for weight, old in zip(moving, before, strict=True):
                 move_weight_(weight.W, weight.entry, old, weight.scale)
+            if counts:
+                self._moved = self._measured(moving, before)
         self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
@@ -293,6 +300,7 @@ class ReLoRAOptimizer(Optimizer):
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
                 group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
+        self._moved, self._pruned = None, {}
         self._changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -362,7 +370,9 @@ class ReLoRAOptimizer(Optimizer):
         for group in self.param_groups:
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
             group["pointing"] = self._num_sketches(group)
-        prune_states_(self._selected(), self.state, self._base, self.prune, seed=self.seed, restart=restart)
+        self._pruned = prune_states_(
+            self._selected(), self.state, self._base, self.prune, seed=self.seed, restart=restart
+        )
         for W, slot, _, _ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
@@ -448,6 +458,30 @@ class ReLoRAOptimizer(Optimizer):
         """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
         return gradients.are_finite((*self.parameters(), *self._all_factors()))
 
+    def metrics(self) -> Metrics:
+        """Return what people watch, of every low-rank weight and overall: see `Metrics` in metrics.py.
+
+        Computed when asked, at the cost of one pass over the weights; nothing changes, and the device is waited for
+        once. `update_rms` is there after an update that was made with `measures_updates = True`, which costs two small
+        products a weight. With sharded weights all ranks must call, and set `measures_updates` alike; they get the same
+        numbers, but each its own bytes.
+        """
+        from .metrics import Watched, measure
+
+        drafts = dict(self._drafts)
+        watched = []
+        for selected in self._selected():
+            W, slot, group, _ = selected
+            entry = self.state[W] if W in self.state else drafts.get(W)
+            scale = self._scale(selected) if is_low_rank(entry) else 0.0
+            moved = None if self._moved is None else self._moved.get(W, 0.0)
+            is_pointing = bool(group["pointing"])
+            watched.append(Watched(slot.name, W, entry, scale, is_pointing, moved, self._pruned.get(W)))
+        try:
+            return measure(self, watched)
+        finally:
+            self._drafts = drafts  # sizes may have drawn some
+
     def functional(self, model: nn.Module) -> FunctionalModel:
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
         from .step import FunctionalModel
@@ -488,9 +522,10 @@ class ReLoRAOptimizer(Optimizer):
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""
         self._inner = inner.Inner(self._base)
-        self._drafts: dict[Tensor, Entry] = {}
+        self._drafts = {}
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
         self._last_lr = []
+        self._moved, self._pruned = None, {}
         self.grad_norm = None
 
     def _changed(self) -> None:
@@ -579,6 +614,14 @@ class ReLoRAOptimizer(Optimizer):
             if any(release.is_dense(w.W.grad) for w in weights) and not any(w.has_gradient for w in weights):
                 pointing.point_(weights)
                 group["pointing"] = 0
+
+    def _measured(
+        self, weights: Sequence[LowRankState], before: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[Tensor, Tensor] | None:
+        """Return how far the update has moved the weights, whose factors were `before`; None where nobody asks."""
+        if not (self.measures_updates and self.is_low_rank):
+            return None
+        return {w.W: move_norm(old, (w.A, w.B), w.scale) for w, old in zip(weights, before, strict=True)}
 
     def _sketch(self) -> None:
         """Take the factors' gradients for sketches, in the groups whose A's are still to be pointed."""
@@ -690,6 +733,7 @@ _OWN = (
     "max_grad_norm",
     "release_grads",
     "seed",
+    "measures_updates",
     "_low_rank",
     "_base",
     "_slots",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ from torch import Tensor
 from .sharding import full, laid_out_as
 
 State = dict[str, Any]
+
+
+class Pruned(NamedTuple):
+    """How many elements of a state were forgotten, of how many."""
+
+    num_forgotten: int
+    num_elements: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,10 @@ def random(ratio: float) -> Strategy:
 
 def prune_(
     state: State, shape: torch.Size, strategy: Strategy, *, reset_: Callable[[State], None], generator: torch.Generator
-) -> None:
+) -> Pruned:
     """Prune one factor's state in place; its tensors stay the same objects.
+
+    Returns how much of its same-shaped tensors was forgotten; of all its tensors where none has the factor's shape.
 
     Args:
         state: the base optimizer's state of the factor.
@@ -97,19 +106,22 @@ def prune_(
         generator: what `random` draws from.
     """
     moments = list(_moments(state, shape).values())
+    num_elements = sum(t.numel() for t in (moments or state.values()) if isinstance(t, Tensor))
     if isinstance(strategy, Keep) or not state:
-        return
+        return Pruned(0, num_elements)
     if isinstance(strategy, Reset) or not moments:
         reset_(state)
-        return
+        return Pruned(num_elements, num_elements)
     if isinstance(strategy, Magnitude):
         scores = full(_value(moments[0]).detach().abs())
     else:
         scores = torch.rand(shape, generator=generator).to(moments[0].device)
-    kept = _largest(scores, shape.numel() - round(strategy.ratio * shape.numel()))
+    num_forgotten = round(strategy.ratio * shape.numel())
+    kept = _largest(scores, shape.numel() - num_forgotten)
     for moment in moments:
         value = _value(moment)
         moment.copy_(value * laid_out_as(kept.to(value.dtype), moment))
+    return Pruned(num_forgotten * len(moments), num_elements)
 
 
 def check_maskable(state: State, shape: torch.Size, strategy: Strategy, base: str) -> None:

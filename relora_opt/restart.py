@@ -43,17 +43,24 @@ def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Gr
 
 def prune_states_(
     weights: Iterable[Selected], state: Any, base: Base, strategy: prune.Strategy, *, seed: int, restart: int
-) -> None:
-    """Prune the base's state of every factor, in place; what is drawn is keyed by (seed, name, restart)."""
+) -> dict[Tensor, prune.Pruned]:
+    """Prune the base's state of every factor, in place; what is drawn is keyed by (seed, name, restart).
+
+    Returns how much was forgotten of every weight's.
+    """
+    pruned: dict[Tensor, prune.Pruned] = {}
     fresh: dict[tuple[int, torch.Size], FreshState] = {}
     for W, slot, group, number in weights:
-        entry = state[W]
+        entry, counts = state[W], []
         for key in ("A", "B"):
             factor, kind = entry[key], (number, entry[key].shape)
             if kind not in fresh:
                 fresh[kind] = FreshState(base, group, factor)
             generator = draw_generator(seed, f"{slot.name}.{key}_state", restart)
-            prune.prune_(entry[f"{key}_state"], factor.shape, strategy, reset_=fresh[kind].reset_, generator=generator)
+            own, reset_ = entry[f"{key}_state"], fresh[kind].reset_
+            counts.append(prune.prune_(own, factor.shape, strategy, reset_=reset_, generator=generator))
+        pruned[W] = prune.Pruned(*map(sum, zip(*counts, strict=True)))
+    return pruned
 
 
 class FreshState:

@@ -46,13 +46,13 @@ ROOMS: dict[str, set[str]] = {
         "loading",
     },
     "step": {"gradients", "select", "sharding", "weight"},
-    "metrics": {"optimizer", "sharding", "state"},
+    "metrics": {"factors", "optimizer", "prune", "sharding", "state"},
     "export": {"select", "sharding"},
     "trainer": {"optimizer"},
     "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "trainer", "weight"},
 }
 # Methods that make an object of the room above import it when they are called.
-CALLED_LATE = {("optimizer", "step")}
+CALLED_LATE = {("optimizer", "step"), ("optimizer", "metrics")}
 
 
 class Import(ast.NodeVisitor):
