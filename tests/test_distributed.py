@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, memory, prune, save_merged
+from relora_opt import JaggedSchedule, Metrics, ReLoRAOptimizer, WeightMetrics, memory, prune, save_merged
 
 SIZE = 2
 LAST = 16
@@ -162,6 +163,49 @@ def fsdp2_of_odd_shapes(rank: int, dtype: torch.dtype, init: str) -> None:
 )
 def test_fsdp2_shards_uneven_rows_convolutions_experts_and_masters(ranks: Ranks, dtype: torch.dtype, init: str) -> None:
     ranks.run(fsdp2_of_odd_shapes, dtype, init)
+
+
+def approximately(metrics: Metrics) -> Metrics:
+    """Return metrics to compare others with: float32 adds the same numbers in another order, which Adam carries on."""
+
+    def near(value: Any) -> Any:
+        return pytest.approx(value, rel=1e-3, abs=1e-7) if isinstance(value, float) else value
+
+    weights = {name: WeightMetrics(*map(near, vars(seen).values())) for name, seen in metrics.weights.items()}
+    return Metrics(**{**{key: near(value) for key, value in vars(metrics).items()}, "weights": weights})
+
+
+def metrics_beside_one(rank: int, make: Any, changes: dict[str, Any]) -> Any:
+    one, many = make(), make()
+    many = sharded(many) if isinstance(many, MLP) else fully_shard(many)
+    alone, optimizer = (ReLoRAOptimizer(model, schedule=SCHEDULE, rank=2, lr=0.01, **changes) for model in (one, many))
+    alone.measures_updates = optimizer.measures_updates = True
+    seen = []
+    for u in range(9):  # the switch after 3, a restart after 7
+        train(one, alone, range(u, u + 1))
+        train(many, optimizer, range(u, u + 1), rank)
+        before = state(optimizer.state_dict())
+        ours, theirs = optimizer.metrics(), alone.metrics()
+        assert not differences(state(optimizer.state_dict()), before)
+        assert list(ours.weights) == list(theirs.weights) == optimizer.selected
+        assert replace(ours, memory=theirs.memory) == approximately(theirs)
+        assert ours.memory.num_trainable == theirs.memory.num_trainable
+        seen.append(asdict(replace(ours, memory=theirs.memory)))
+    assert None not in seen[-1].values()
+    assert all(numbers["pruned_share"] == 0.5 for numbers in seen[7:])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(mlp, ["first.weight", "second.weight"]), (odd, ["conv", "lin", "experts", "out.weight"])],
+    ids=["mlp", "odd"],
+)
+def test_metrics_of_sharded_weights_are_those_of_one_process_and_alike_on_every_rank(
+    ranks: Ranks, make: Any, targets: list[str]
+) -> None:
+    first, second = ranks.run(metrics_beside_one, make, {"targets": targets, "prune": prune.magnitude(0.5)})
+    assert first == second
 
 
 # ---- FSDP2: one run through two processes, one, and two again
