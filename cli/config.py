@@ -109,6 +109,10 @@ class Config:
     eval_every: int = _option("Updates between evaluations. (default: a tenth of the run)", panel=_RUN)
     save_every: int = _option("Updates between checkpoints. (default: a fifth of the run)", panel=_RUN)
     keep: int = _option("Checkpoints to keep. (default: 2)", panel=_RUN)
+    log: tuple[str, ...] = _option(
+        "Write the metrics to tensorboard, trackio or wandb too; several by repeating. (default: metrics.jsonl alone)",
+        panel=_RUN,
+    )
     seed: int = _option("Of the weights, the order of the data and the draws. (default: 0)", panel=_RUN)
 
 
@@ -133,6 +137,7 @@ _GENERAL: Options = {
     "device": "auto",
     "shard": False,
     "keep": 2,
+    "log": (),
     "seed": 0,
 }
 _SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 8e-3, "rank": 64}
@@ -153,6 +158,7 @@ CHOICES = {
     "init": ("kaiming", "orthogonal", "gradient"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
+LOGS = ("tensorboard", "trackio", "wandb")
 _POSITIVE_COUNTS = ("seq_len", "steps", "batch_size", "micro_batch_size", "eval_every", "save_every", "keep")
 _COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
 _RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
@@ -260,6 +266,11 @@ def _check(config: Config) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} is not known: choose one of {', '.join(choices)}")
+    for name in config.log:
+        if name not in LOGS:
+            raise UserError(f"log={name!r} is not known: choose among {', '.join(LOGS)}")
+        if config.log.count(name) > 1:
+            raise UserError(f"log={name!r} is given twice: once will do")
     is_number = isinstance(config.alpha, float) and math.isfinite(config.alpha) and config.alpha > 0
     if not (config.alpha is None or config.alpha == "matched" or is_number):
         raise UserError(f'alpha={config.alpha} must be a positive number, the scale is alpha / rank, or "matched"')

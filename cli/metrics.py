@@ -28,6 +28,8 @@ class Row:
         tokens_per_second: tokens trained on per second.
         restarts: restarts so far.
         phase: "warm_start", "low_rank" or "full_rank".
+        low_rank_ratio: |s B A| / |W| of all low-rank weights, where there is a validation loss; and
+        update_rms: the root mean square of what this update moved them by. Both as in `ReLoRAOptimizer.metrics`.
     """
 
     update: int
@@ -39,6 +41,8 @@ class Row:
     tokens_per_second: float | None
     restarts: int
     phase: Phase
+    low_rank_ratio: float | None = None
+    update_rms: float | None = None
 
     def to_json(self) -> str:
         """Return the row as one line of JSON, without the newline. JSON has no nan or infinity: they become null."""
@@ -89,11 +93,12 @@ def _row(line: bytes, *, where: str) -> Row:
         values = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {_excerpt(line)}; remove the line") from error
-    if not isinstance(values, dict) or set(values) != set(_KINDS):
+    if not isinstance(values, dict) or not _KINDS.keys() - _LATER <= values.keys() <= _KINDS.keys():
         raise UserError(f"{where} does not have the keys {', '.join(_KINDS)}: {_excerpt(line)}; remove the line")
     for key, kinds in _KINDS.items():
-        if type(values[key]) not in kinds or (key == "phase" and values[key] not in get_args(Phase)):
-            raise UserError(f"{where} has {key} = {json.dumps(values[key])}, which is no such number; remove the line")
+        value = values.get(key)
+        if type(value) not in kinds or (key == "phase" and value not in get_args(Phase)):
+            raise UserError(f"{where} has {key} = {json.dumps(value)}, which is no such number; remove the line")
     return Row(**values)
 
 
@@ -116,4 +121,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "tokens_per_second": _NUMBER_OR_NULL,
     "restarts": (int,),
     "phase": (str,),
+    "low_rank_ratio": _NUMBER_OR_NULL,
+    "update_rms": _NUMBER_OR_NULL,
 }
+_LATER = {"low_rank_ratio", "update_rms"}  # older runs have no such keys

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from .checkpoint import Progress, latest_checkpoint, load_state, read_progress, 
 from .config import Config, ProcessError, UserError, load_config_file, resolve, to_toml
 from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
-from .metrics import Phase, Row, truncate_metrics
+from .log import Log, check_logs, numbers, open_logs, remember
+from .metrics import Phase, Row, read_metrics, truncate_metrics
 from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
 from .parallel import LostProcessError, World, noticing_losses, world
 from .plot import plot_runs
@@ -69,6 +70,7 @@ def start_run(config: Config) -> None:
     with world(config.device) as processes:
         out = processes.from_main(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
         config = replace(config, out=out)
+        processes.on_main(lambda: check_logs(config.log))
         processes.on_main(lambda: _check_new(Path(out)))
         run = _begin(config, processes)
         processes.on_main(lambda: _write_folder(run))
@@ -89,9 +91,9 @@ def resume_run(folder: Path) -> None:
         if progress.is_finished:
             _say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
             return
+        processes.on_main(lambda: check_logs(config.log))
         run = _restore(config, checkpoint, processes)
-        # A run that has made no update evaluates again, and writes its first row again.
-        processes.on_main(lambda: truncate_metrics(folder / _METRICS, after_update=progress.update or -1))
+        processes.on_main(lambda: _cut_metrics(run))
         _say(processes, f"resuming {folder} after update {progress.update}")
         train(run)
 
@@ -99,8 +101,13 @@ def resume_run(folder: Path) -> None:
 def train(run: Run) -> None:
     """Train to the end of the run, and close it."""
     config, optimizer, processes = run.config, run.optimizer, run.processes
-    with View(config.steps, console=run.console) as view, _Interrupts() as interrupts, _metrics_file(run) as metrics:
-        loop = _Loop(run, view, metrics)
+    with (
+        closing(_open_logs(run)) as log,
+        View(config.steps, console=run.console) as view,
+        _Interrupts() as interrupts,
+        _metrics_file(run) as metrics,
+    ):
+        loop = _Loop(run, view, metrics, log)
         try:
             if run.progress.update == 0:
                 loop.evaluate()
@@ -126,9 +133,9 @@ def train(run: Run) -> None:
 class _Loop:
     """One attempt after another."""
 
-    def __init__(self, run: Run, view: View, metrics: Any) -> None:
+    def __init__(self, run: Run, view: View, metrics: Any, log: Log) -> None:
         config = run.config
-        self.run, self.view, self.metrics = run, view, metrics
+        self.run, self.view, self.metrics, self.log = run, view, metrics, log
         self.device = next(run.model.parameters()).device
         self.dtype = autocast_dtype(config, self.device)
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
@@ -153,8 +160,9 @@ class _Loop:
 
     def attempt(self) -> None:
         """Serve one batch, and do what is due after its update."""
-        run, config, optimizer = self.run, self.run.config, self.run.optimizer
+        run, optimizer = self.run, self.run.optimizer
         before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
+        optimizer.measures_updates = self._is_evaluated(before + 1)
         batch = self.batches.batch(run.progress.attempts)
         share = run.processes.share(batch).to(self.device)
         with noticing_losses():
@@ -174,9 +182,8 @@ class _Loop:
         self.num_skips = 0
         tokens_per_second = batch[:, 1:].numel() / seconds
         row = self._row(phase, loss=loss, tokens_per_second=tokens_per_second)
-        is_switch = optimizer.num_updates == config.warm_start and config.rank > 0
-        if optimizer.num_updates % config.eval_every == 0 or is_switch or optimizer.num_updates == config.steps:
-            row = replace(row, val_loss=self._validate(is_switch=is_switch))
+        if self._is_evaluated(optimizer.num_updates):
+            row = replace(row, val_loss=self._validate(is_switch=self._is_switch(optimizer.num_updates)))
         self._report(row)
 
     def evaluate(self) -> None:
@@ -185,6 +192,13 @@ class _Loop:
         self.run.progress = replace(self.run.progress, val_loss_start=val_loss)
         row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
         self._report(replace(row, val_loss=val_loss))
+
+    def _is_switch(self, update: int) -> bool:
+        return update == self.run.config.warm_start and self.run.config.rank > 0
+
+    def _is_evaluated(self, update: int) -> bool:
+        config = self.run.config
+        return update % config.eval_every == 0 or self._is_switch(update) or update == config.steps
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -223,8 +237,14 @@ class _Loop:
         )
 
     def _report(self, row: Row) -> None:
+        """Write a row, and what the optimizer says of itself where it was evaluated: all processes must call."""
+        optimizer, seen = self.run.optimizer, None
+        if row.val_loss is not None:
+            with noticing_losses():
+                seen = optimizer.metrics()
+            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=seen.update_rms)
         self.metrics.write(row.to_json() + "\n")
-        optimizer = self.run.optimizer
+        self.log.write(row.update, numbers(row, seen))
         has_restarts = self.run.config.rank > 0
         next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if has_restarts else None
         is_coming = next_restart is not None and next_restart <= self.run.config.steps
@@ -269,6 +289,25 @@ def _metrics_file(run: Run) -> Iterator[Any]:
     path = run.folder / _METRICS if run.processes.is_main else os.devnull
     with open(path, "a", buffering=1, encoding="utf-8") as file:
         yield file
+
+
+def _first_update(run: Run) -> int:
+    """The update of the first row to write: a run that has made none evaluates again, and writes row 0 again."""
+    return run.progress.update + 1 if run.progress.update else 0
+
+
+def _cut_metrics(run: Run) -> None:
+    """Drop the rows of updates that will be made again."""
+    path = run.folder / _METRICS
+    if path.exists() and run.config.log:
+        remember(run.folder, last=max((row.update for row in read_metrics(path)), default=-1))
+    truncate_metrics(path, after_update=_first_update(run) - 1)
+
+
+def _open_logs(run: Run) -> Log:
+    """Open what `log` names in the main process; the others write nowhere."""
+    opened = run.processes.on_main(lambda: open_logs(run.config, run.folder, first=_first_update(run)))
+    return opened or open_logs(replace(run.config, log=()), run.folder, first=0)
 
 
 def _check_new(folder: Path) -> None:

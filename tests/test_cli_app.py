@@ -88,6 +88,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "warmup": (["3"], 3),
     "min_ratio": (["0.5"], 0.5),
     "weight_decay": (["0.25"], 0.25),
+    "log": (["tensorboard"], ("tensorboard",)),
     "betas": (["0.5", "0.75"], (0.5, 0.75)),
     "max_grad_norm": (["inf"], float("inf")),
     "rank": (["0"], 0),
