@@ -6,8 +6,9 @@
 
 A resumed run goes on where it was. TensorBoard drops what lies beyond the restored update. The other two cannot, so
 updates whose numbers they have are not written again; a file in the run's folder, log.json, has the id that they know
-the run by and the last such update. Whether anything leaves the machine is theirs to say, and their environment's
-(WANDB_MODE, TRACKIO_SPACE_ID, ...).
+the run by and the last such update. What they had not stored yet when a run was killed outright is missing there;
+metrics.jsonl has every row. Whether anything leaves the machine is for their environment to say (WANDB_MODE,
+TRACKIO_SPACE_ID, ...).
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class _WandB:
     def __init__(self, config: Config, folder: Path, first: int) -> None:
         identity = _identity(folder)
         self._last = identity["last"]
-        self._run = self.load().init(
+        self._run = self.load()(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=folder.name,
             id=identity["id"],
@@ -165,9 +166,9 @@ class _WandB:
 
     @staticmethod
     def load() -> Any:
-        import wandb
+        from wandb import init  # a folder wandb/ in the working directory would pass for the module
 
-        return wandb
+        return init
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         if step > self._last:

@@ -16,7 +16,8 @@ from relora_opt_cli.metrics import Row, read_metrics, truncate_metrics
 from relora_opt_cli.report import Summary, View, print_summary
 from rich.console import Console
 
-KEYS = ["update", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "restarts", "phase"]
+OLD_KEYS = ["update", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "restarts", "phase"]
+KEYS = [*OLD_KEYS, "low_rank_ratio", "update_rms"]
 ROW = Row(
     update=7,
     tokens=7168,
@@ -59,6 +60,8 @@ rows = st.builds(
     tokens_per_second=numbers,
     restarts=st.integers(0, 1000),
     phase=st.sampled_from(["warm_start", "low_rank", "full_rank"]),
+    low_rank_ratio=numbers,
+    update_rms=numbers,
 )
 
 
@@ -100,6 +103,15 @@ def test_rows_are_read_back_as_they_were_written(tmp_path_factory: pytest.TempPa
     assert read_metrics(path) == rows
 
 
+def test_a_row_from_before_there_were_more_numbers_is_read(tmp_path: Path) -> None:
+    values = json.loads(ROW.to_json())
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({key: values[key] for key in OLD_KEYS}) + "\n")
+    assert read_metrics(path) == [ROW]
+    truncate_metrics(path, after_update=ROW.update)
+    assert read_metrics(path) == [ROW]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_json_lacks_become_null(value: float) -> None:
     assert json.loads(replace(ROW, loss=value).to_json())["loss"] is None
@@ -120,7 +132,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, length: int) -> None:
         ('{"update": 1}', "line 2 does not have the keys update, tokens,"),
         (ROW.to_json().replace("}", ', "more": 1}'), "line 2 does not have the keys"),
         (ROW.to_json().replace("4.25", '"low"'), 'line 2 has loss = "low"'),
-        (ROW.to_json().replace("low_rank", "lukewarm"), 'line 2 has phase = "lukewarm"'),
+        (ROW.to_json().replace('"low_rank"', '"lukewarm"'), 'line 2 has phase = "lukewarm"'),
         (ROW.to_json().replace('"update": 7', '"update": true'), "line 2 has update = true"),
     ],
 )
