@@ -221,9 +221,9 @@ MUTATIONS = (
     Mutation(
         "touch unselected parameters' state at a restart",
         "optimizer.py",
-        "        prune_states_(self._selected()",
+        "        self._pruned = prune_states_(",
         "        [entry.clear() for entry in self.state.values() if not is_low_rank(entry)]\n"
-        "        prune_states_(self._selected()",
+        "        self._pruned = prune_states_(",
         ("test_laws.py", "untouched_by_a_restart"),
     ),
     Mutation(
@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "point A once and never at a restart",
         "optimizer.py",
-        'group["pointing"] = self._num_sketches(group)\n        prune_states_',
-        "pass\n        prune_states_",
+        'group["pointing"] = self._num_sketches(group)\n        self._pruned = prune_states_',
+        "pass\n        self._pruned = prune_states_",
         ("test_pointing.py", "every_cycle_points"),
     ),
     Mutation(
@@ -414,6 +414,27 @@ MUTATIONS = (
         "            weight.A.grad = weight.B.grad = None",
         "            pass",
         ("test_functional.py", "test_zeroing_the_models_gradients_is_enough and functional"),
+    ),
+    Mutation(
+        "measure an update from where it ended",
+        "factors.py",
+        "(new[1] - old[1], old[1])",
+        "(new[1] - old[1], new[1])",
+        ("test_metrics.py", "equals_one_of_dense_matrices and float64"),
+    ),
+    Mutation(
+        "measure the rounded weight, not its master",
+        "metrics.py",
+        'W = weight.entry.get("master", weight.W) if is_low_rank(weight.entry) else weight.W',
+        "W = weight.W",
+        ("test_metrics.py", "equals_one_of_dense_matrices and bfloat16"),
+    ),
+    Mutation(
+        "take sketches for factors that are in the weight",
+        "metrics.py",
+        "if not is_low_rank(weight.entry) or weight.is_pointing:",
+        "if not is_low_rank(weight.entry):",
+        ("test_metrics.py", "test_sketches_are_no_part"),
     ),
     Mutation(
         "do not reduce the gradient of A over the ranks",

@@ -177,8 +177,8 @@ def rms(tensors: list[Tensor]) -> float:
     [
         (mixed, torch.float64, 1e-9),
         (mlp, torch.float64, 1e-9),
-        (mixed, torch.float32, 1e-3),  # W's own difference, against which this is held, has lost four digits
-        (mlp, torch.bfloat16, 1e-3),
+        (mixed, torch.float32, 1e-4),  # the difference of two W's, which this is held against, has lost some digits
+        (mlp, torch.bfloat16, 1e-4),  # that of two float32 masters, too
     ],
     ids=["mixed, float64", "float64", "mixed, float32", "bfloat16"],
 )
