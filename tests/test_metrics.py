@@ -229,6 +229,20 @@ def test_an_update_is_measured_only_where_it_was_asked_for(path: str) -> None:
     assert seen == [False, True, True, False]
 
 
+def test_released_gradients_move_and_measure_alike() -> None:
+    found = []
+    for is_released in (False, True):
+        model = mlp(torch.float64)
+        optimizer = relora(model, schedule=JaggedSchedule(3), release_grads=is_released)
+        optimizer.measures_updates = True
+        step = stepper("dense", optimizer, model)
+        for u in range(5):
+            step(*batch(u, torch.float64))
+        found.append(optimizer.metrics())
+    assert found[0].update_rms == pytest.approx(found[1].update_rms, rel=1e-9)
+    assert found[0].low_rank_ratio == pytest.approx(found[1].low_rank_ratio, rel=1e-9)
+
+
 def test_a_weight_that_got_no_gradient_has_moved_by_0() -> None:
     model = mlp()
     optimizer = relora(model)
