@@ -298,14 +298,14 @@ MUTATIONS = (
     ),
     Mutation(
         "take the state of another shape",
-        "state.py",
+        "loading.py",
         "if (A.shape, B.shape) != ((*stacked, rank, n), (*stacked, m, rank)):",
         "if False:",
         ("test_contract_traps.py", "disagrees_with_itself"),
     ),
     Mutation(
         "leave a 16-bit weight without a master",
-        "state.py",
+        "loading.py",
         'entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))',
         "pass",
         ("test_contract_traps.py", "gives_a_16_bit_model_its_masters"),
