@@ -207,7 +207,6 @@ def long() -> list[Spec]:
         ("restarts every 250, state carried", {"restart_every": 250, **carried}),
         ("no restart", {"lr": 2.8e-3}),
         ("restarts every 500, state carried", {"restart_every": 500, **carried, "lr": 2.8e-3}),
-        ("leak 0.005", {"leak": 0.005, "lr": 2.8e-3}),
         ("no restart", {"lr": 1.4e-3}),
     ]
     ours: list[tuple[str, dict[str, Any]]] = [
@@ -222,6 +221,21 @@ def long() -> list[Spec]:
         Spec("full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3}, *place),
         *(Spec(f"ReLoRA, rank 8, {name}", "relora", {**MATCHED, **common, **own}, *place) for name, own in ours),
         *(Spec(f"Adam, rank 8, {name}", "variant", {**common, **own}, *place) for name, own in trials),
+    ]
+
+
+def restarts() -> list[Spec]:
+    """Do restarts earn their place, and from which length on? A sixteenth of the width, seeds not seen by `long`."""
+    trials: list[tuple[str, dict[str, Any]]] = [
+        ("LoRA, rank 8", {}),
+        ("ReLoRA, rank 8, every 500", {"restart_every": 500, "restart_warmup": 25}),
+    ]
+    common: dict[str, Any] = {**MATCHED, "rank": 8, "lr": 2e-3, "rest_lr": 8e-3}
+    return [
+        Spec(name, "relora", {**common, **own}, "w128", "botocore", length * STEPS, seed)
+        for length in (4, 2, 1)
+        for seed in SEEDS
+        for name, own in trials
     ]
 
 
@@ -348,6 +362,7 @@ PLANS: dict[str, Plan] = {
     "cycles": cycles,
     "leaks": leaks,
     "long": long,
+    "restarts": restarts,
     "confirm": confirm,
     "confirm-rivals": confirm_rivals,
     "ablation": ablation,
