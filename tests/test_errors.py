@@ -169,22 +169,43 @@ MISTAKES = {
     "prune by name": Mistake(lambda: low_rank(prune="reset"), TypeError, "prune='reset'", "prune.reset(), say"),
     "schedule a function": Mistake(lambda: low_rank(schedule=constant()), TypeError, "schedule=", "JaggedSchedule"),
     "prune share": Mistake(lambda: prune.magnitude(1.5), ValueError, "magnitude(1.5)", "between 0 and 1"),
+    "prune share in words": Mistake(lambda: prune.magnitude("0.9"), ValueError, "magnitude('0.9')", "a number between"),
+    "prune share None": Mistake(lambda: prune.random(None), ValueError, "random(None)", "a number between 0 and 1"),
+    "prune share as a truth": Mistake(lambda: prune.magnitude(True), ValueError, "magnitude(True)", "a number between"),
     "prune nan": Mistake(lambda: prune.random(math.nan), ValueError, "random(nan)", "between 0 and 1"),
     "restart_every": Mistake(lambda: JaggedSchedule(-1), ValueError, "restart_every=-1", "0 or more"),
     "restart_warmup": Mistake(lambda: JaggedSchedule(5, 1.5), ValueError, "restart_warmup=1.5", "a whole number"),
     "warm_start": Mistake(lambda: JaggedSchedule(5, warm_start=-2), ValueError, "warm_start=-2", "0 or more"),
     "ramp": Mistake(lambda: JaggedSchedule(5, 6), ValueError, "restart_warmup=6", "shorten the ramp"),
     "outer": Mistake(lambda: JaggedSchedule(5, outer=0.5), TypeError, "outer=0.5", "cosine(20_000), say"),
+    "outer not called": Mistake(
+        lambda: JaggedSchedule(5, outer=cosine), TypeError, "outer=<function", "cosine(20_000)"
+    ),
+    "outer of words": Mistake(lambda: JaggedSchedule(5, outer=str), TypeError, "gave a str for update 1", "cosine("),
+    "outer nan at first": Mistake(
+        lambda: JaggedSchedule(5, outer=lambda u: math.nan), ValueError, "multiplier nan around update 1", "finite"
+    ),
     "outer nan": Mistake(
-        lambda: JaggedSchedule(5, outer=lambda u: math.nan)(7), ValueError, "multiplier nan around update 7", "finite"
+        lambda: JaggedSchedule(5, outer=lambda u: math.nan if u == 7 else 1)(7),
+        ValueError,
+        "multiplier nan around update 7",
+        "finite",
     ),
     "outer negative": Mistake(
-        lambda: JaggedSchedule(5, outer=lambda u: -1)(7), ValueError, "multiplier -1", "0 or more"
+        lambda: JaggedSchedule(5, outer=lambda u: 1 - u)(7), ValueError, "multiplier -6", "0 or more"
     ),
     "cosine length": Mistake(lambda: cosine(0), ValueError, "num_updates=0", "the length of the whole run"),
     "linear warmup": Mistake(lambda: linear(10, warmup=11), ValueError, "warmup=11", "between 0 and num_updates=10"),
     "min_ratio": Mistake(lambda: cosine(10, min_ratio=2), ValueError, "min_ratio=2", "a share of the peak rate"),
     "constant warmup": Mistake(lambda: constant(-1), ValueError, "warmup=-1", "0 means no warm-up"),
+    "cosine length in words": Mistake(
+        lambda: cosine("100"), ValueError, "num_updates='100'", "length of the whole run"
+    ),
+    "cosine length nan": Mistake(lambda: cosine(math.nan), ValueError, "num_updates=nan", "a number, at least 1"),
+    "cosine warmup None": Mistake(lambda: cosine(100, warmup=None), ValueError, "warmup=None", "a number of updates"),
+    "constant in words": Mistake(lambda: constant("5"), ValueError, "warmup='5'", "0 means no warm-up"),
+    "min_ratio None": Mistake(lambda: linear(10, min_ratio=None), ValueError, "min_ratio=None", "of the peak rate"),
+    "wsd decay in words": Mistake(lambda: wsd(100, decay="a"), ValueError, "decay='a'", "share of updates that decays"),
     "wsd decay": Mistake(lambda: wsd(10, decay=0.0), ValueError, "decay=0.0", "above 0 and at most at 1"),
     # the optimizer in use
     "restart at rank 0": Mistake(lambda: low_rank(rank=0).restart(), ValueError, "ranks [0]", "no weight is low-rank"),
