@@ -121,11 +121,13 @@ class ReLoRAOptimizer(Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for theirs in options.keys() & _PEFT_NAMES:
-            raise TypeError(f"{theirs}={options[theirs]!r} is PEFT's name: here it is {_PEFT_NAMES[theirs]}=")
+        for theirs in options.keys() & _FOREIGN_NAMES:
+            owner, ours = _FOREIGN_NAMES[theirs]
+            raise TypeError(f"{theirs}={options[theirs]!r} is {owner}: here it is {ours}")
         if init not in INITS:
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        is_norm = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
+        if not (max_grad_norm is None or is_norm):
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number: None leaves gradients alone")
         if not isinstance(release_grads, bool):
             raise TypeError(f"release_grads={release_grads!r} must be True or False")
@@ -138,8 +140,8 @@ class ReLoRAOptimizer(Optimizer):
             raise TypeError(f"schedule={schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say")
         if not isinstance(self.prune, pruning.STRATEGIES):
             raise TypeError(f"prune={prune!r} must be a strategy: prune.reset(), say")
-        self._low_rank = LowRank(rank, alpha, factor_lr, targets)
         self._base = inner.Base(base, options)
+        self._low_rank = LowRank(rank, alpha, factor_lr, targets, base_with_alpha=self._base.with_own_alpha)
         resolved = resolve_groups(params, self._low_rank)
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
@@ -235,9 +237,9 @@ class ReLoRAOptimizer(Optimizer):
         param_group = {
             key: value for key, value in param_group.items() if key not in ("scale", "pointing", *new_clock())
         }
-        num_groups, num_parameters = len(self.param_groups), sum(map(len, self._slots))
+        num_groups, names = len(self.param_groups), [slot.name for slots in self._slots for slot in slots]
         try:
-            for group in resolve_added_group(param_group, self._low_rank, num_before=num_parameters):
+            for group in resolve_added_group(param_group, self._low_rank, before=names):
                 template = self._base.build([dict(group.options)]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group({**template, **group.options, **own})
@@ -725,7 +727,15 @@ def _without_parameters(options: Group) -> Group:
     return {key: value for key, value in options.items() if key != "params"}
 
 
-_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+_FOREIGN_NAMES = {
+    "r": ("PEFT's name", "rank="),
+    "lora_alpha": ("PEFT's name", "alpha="),
+    "target_modules": ("PEFT's name", "targets="),
+    "restart_every": ("the schedule's", "schedule=JaggedSchedule(restart_every=...)"),
+    "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
+    "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
+    "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
+}
 _OWN = (
     "schedule",
     "init",

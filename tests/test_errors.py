@@ -9,7 +9,19 @@ import torch
 from models import MLP, batch, mlp, mse, relora
 from torch import nn
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, save_merged, target_names, wsd
+from relora_opt import (
+    JaggedSchedule,
+    ReLoRAOptimizer,
+    constant,
+    cosine,
+    default_targets,
+    linear,
+    muon_beside_adamw,
+    prune,
+    save_merged,
+    target_names,
+    wsd,
+)
 
 AdamW = torch.optim.AdamW
 WEIGHT = nn.Parameter(torch.ones(3, 4))
@@ -89,6 +101,26 @@ MISTAKES = {
     "a group's alpha": Mistake(
         lambda: low_rank([{"params": [mlp().first.weight], "rank": 2, "alpha": -1}]), ValueError, "alpha=-1", "positive"
     ),
+    "alpha as a truth": Mistake(lambda: low_rank(alpha=True), ValueError, "alpha=True", "a positive number"),
+    "RMSprop's alpha": Mistake(
+        lambda: low_rank(base=torch.optim.RMSprop, rank=0, alpha=0.9),
+        ValueError,
+        "alpha=0.9",
+        "functools.partial(torch.optim.RMSprop, alpha=0.9)",
+    ),
+    "ASGD's alpha in a group": Mistake(
+        lambda: low_rank([{"params": [mlp().first.weight], "rank": 2, "alpha": 4}], torch.optim.ASGD),
+        ValueError,
+        "alpha=4",
+        "functools.partial(torch.optim.ASGD, alpha=4)",
+    ),
+    "ASGD's alpha in an added group": Mistake(
+        lambda: low_rank(base=torch.optim.ASGD).add_param_group({"params": [WEIGHT], "alpha": 0.5}),
+        ValueError,
+        "alpha=0.5",
+        "functools.partial(torch.optim.ASGD, alpha=0.5)",
+    ),
+    "factor_lr as a truth": Mistake(lambda: low_rank(factor_lr=True), ValueError, "factor_lr=True", "multiplies lr"),
     "factor_lr negative": Mistake(lambda: low_rank(factor_lr=-1.0), ValueError, "factor_lr=-1.0", "0 or more"),
     "factor_lr infinite": Mistake(lambda: low_rank(factor_lr=math.inf), ValueError, "factor_lr=inf", "multiplies lr"),
     "factor_lr in words": Mistake(
@@ -96,10 +128,35 @@ MISTAKES = {
     ),
     "lr infinite": Mistake(lambda: low_rank(lr=math.inf), ValueError, "lr=inf", "must be a finite number"),
     "max_grad_norm 0": Mistake(lambda: low_rank(max_grad_norm=0.0), ValueError, "max_grad_norm=0.0", "None leaves"),
+    "max_grad_norm as a truth": Mistake(
+        lambda: low_rank(max_grad_norm=True), ValueError, "max_grad_norm=True", "a positive number"
+    ),
     "max_grad_norm nan": Mistake(lambda: low_rank(max_grad_norm=math.nan), ValueError, "max_grad_norm=nan", "positive"),
     "max_grad_norm in words": Mistake(lambda: low_rank(max_grad_norm="1"), ValueError, "max_grad_norm='1'", "positive"),
     "lr in words": Mistake(lambda: low_rank(lr="0.1"), TypeError, "lr='0.1'", "must be a number"),
     "lr None": Mistake(lambda: low_rank(lr=None), TypeError, "lr=None", "must be a number"),
+    "a group's lr in words": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": "a"}]), TypeError, "lr='a'", "must be a number"
+    ),
+    "a group's lr None": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": None}]), TypeError, "lr=None", "must be a number"
+    ),
+    "a group's lr of many numbers": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": torch.ones(3)}]), TypeError, "(3,)", "a tensor of one"
+    ),
+    "restart_every without its schedule": Mistake(
+        lambda: low_rank(restart_every=100), TypeError, "restart_every=100", "schedule=JaggedSchedule(restart_every="
+    ),
+    "restart_warmup without its schedule": Mistake(
+        lambda: low_rank(restart_warmup=9), TypeError, "restart_warmup=9", "schedule=JaggedSchedule(1000, restart_war"
+    ),
+    "warm_start without its schedule": Mistake(
+        lambda: low_rank(warm_start=9), TypeError, "warm_start=9", "schedule=JaggedSchedule(1000, warm_start="
+    ),
+    "a scheduler's warm-up": Mistake(
+        lambda: low_rank(num_warmup_steps=9), TypeError, "num_warmup_steps=9", "outer=cosine(20_000, warmup="
+    ),
+    "PEFT's name": Mistake(lambda: low_rank(lora_alpha=9), TypeError, "lora_alpha=9", "here it is alpha="),
     "seed half": Mistake(lambda: low_rank(seed=0.5), TypeError, "seed=0.5", "a whole number"),
     # what is selected
     "targets unmatched": Mistake(lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "there are stem.weight"),
@@ -107,6 +164,17 @@ MISTAKES = {
         lambda: low_rank(targets="first("), ValueError, "targets='first('", "regular expression"
     ),
     "targets a number": Mistake(lambda: low_rank(targets=5), TypeError, "targets=5", "names"),
+    "targets of parameters": Mistake(
+        lambda: low_rank(targets=[WEIGHT]), TypeError, "targets holds a Parameter: ", "a list of names"
+    ),
+    "targets a parameter": Mistake(lambda: low_rank(targets=WEIGHT), TypeError, "a Parameter: ", "a list of names"),
+    "targets a module": Mistake(lambda: low_rank(targets=mlp().first), TypeError, "a Linear", "a list of names"),
+    "targets a class": Mistake(lambda: low_rank(targets=nn.Linear), TypeError, "Linear'> is a class", "a list of"),
+    "target_names of nothing": Mistake(lambda: target_names(None), TypeError, "a NoneType", "give the module"),
+    "target_names of a number": Mistake(lambda: target_names(mlp(), 5), TypeError, "targets=5", "a list of names"),
+    "default_targets of an optimizer": Mistake(
+        lambda: default_targets(used()), TypeError, "a ReLoRAOptimizer", "give the module"
+    ),
     "target_names unmatched": Mistake(lambda: target_names(mlp(), "zzz"), ValueError, "'zzz'", "there are stem.weight"),
     "targets match nothing": Mistake(
         lambda: low_rank(targets=lambda name, p: False), ValueError, "rank=2", "name some with targets="
@@ -121,6 +189,21 @@ MISTAKES = {
     "a number": Mistake(lambda: low_rank(5), TypeError, "params=5", "pass a module"),
     "names for parameters": Mistake(lambda: low_rank(["first"]), TypeError, "a str", "parameters or (name, parameter)"),
     "names twice": Mistake(lambda: low_rank([("a", "b")]), TypeError, "a str", "parameters or (name, parameter)"),
+    "pairs the wrong way": Mistake(lambda: low_rank([(1, WEIGHT)]), TypeError, "(int, Parameter)", "(name, parameter)"),
+    "triples": Mistake(
+        lambda: low_rank([("a", WEIGHT, 3)]), TypeError, "(str, Parameter, int)", "(name, parameter) pairs"
+    ),
+    "parameters None": Mistake(lambda: low_rank([{"params": None}]), TypeError, "params=None", "give a list"),
+    "a group with a module": Mistake(
+        lambda: low_rank([{"params": mlp()}]), TypeError, "params is a MLP", "module.named_parameters()"
+    ),
+    "groups of nothing": Mistake(lambda: low_rank([{"params": []}]), ValueError, "params is empty", "nothing to"),
+    "one name twice": Mistake(
+        lambda: low_rank([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 4)))], targets=["a"]),
+        ValueError,
+        "a is the name of 2 parameters",
+        "each needs its own",
+    ),
     "a set": Mistake(lambda: low_rank([{"params": set(mlp().parameters())}]), TypeError, "a set", "give a list"),
     "a parameter twice": Mistake(
         lambda: low_rank([("a", WEIGHT), ("b", WEIGHT)], targets=["a"]), ValueError, "a and b", "give it once"
@@ -137,11 +220,21 @@ MISTAKES = {
         lambda: used().add_param_group({"rank": 2}), ValueError, "['rank']", "give it its parameters"
     ),
     "added, rank too large": Mistake(
-        lambda: used().add_param_group({"params": [("first.weight", WEIGHT)], "rank": 3}),
+        lambda: used().add_param_group({"params": [("other.first.weight", WEIGHT)], "rank": 3}),
         ValueError,
         "rank=3",
         "lower rank",
     ),
+    "added, a name that is taken": Mistake(
+        lambda: used().add_param_group({"params": [("first.weight", WEIGHT)]}),
+        ValueError,
+        "first.weight is the name of 2",
+        "each needs its own",
+    ),
+    "added, a module": Mistake(
+        lambda: used().add_param_group({"params": nn.Linear(4, 4)}), TypeError, "a Linear", "named_parameters()"
+    ),
+    "added, nothing": Mistake(lambda: used().add_param_group({"params": []}), ValueError, "params is empty", "nothing"),
     "added, rate": Mistake(
         lambda: used().add_param_group({"params": [WEIGHT], "rank": 0, "lr": math.nan}), ValueError, "lr=nan", "finite"
     ),
@@ -149,6 +242,9 @@ MISTAKES = {
     "base by name": Mistake(lambda: low_rank(base="adamw"), TypeError, "base='adamw'", "torch.optim.AdamW, say"),
     "base an instance": Mistake(
         lambda: low_rank(base=AdamW(mlp().parameters())), TypeError, "instance of AdamW", "pass the class itself"
+    ),
+    "base not called": Mistake(
+        lambda: low_rank(base=muon_beside_adamw), TypeError, "base=muon_beside_adamw", "call it, if it makes a base"
     ),
     "differentiable": Mistake(
         lambda: low_rank(differentiable=True), ValueError, "differentiable=True", "not supported"
