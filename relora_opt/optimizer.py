@@ -440,7 +440,7 @@ class ReLoRAOptimizer(Optimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        check_clock(num_updates, num_restarts, last_restart)
+        check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()
         unknown = sorted({*fresh} - {*self.selected})
@@ -508,6 +508,8 @@ class ReLoRAOptimizer(Optimizer):
         """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py)."""
         from .step import Step
 
+        if self._passes_closure:
+            raise ValueError("LBFGS asks for a closure, which make_step does not give: call optimizer.step(closure)")
         return Step(
             self,
             model,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,14 +17,17 @@ from relora_opt import (
     cosine,
     default_targets,
     linear,
+    memory,
     muon_beside_adamw,
     prune,
     save_merged,
     target_names,
+    trainer_factory,
     wsd,
 )
 
 AdamW = torch.optim.AdamW
+HERE = Path(__file__).parent
 WEIGHT = nn.Parameter(torch.ones(3, 4))
 
 
@@ -73,6 +77,36 @@ def factors_before_the_switch() -> None:
 def stepped_with_loss(loss_fn: Callable[..., Any], **options: Any) -> None:
     model = mlp()
     relora(model).make_step(model, loss_fn, compile=False, **options)(*batch(0))
+
+
+def functional(model: nn.Module) -> nn.Module:
+    return relora(model).functional(model)
+
+
+def functional_twice(*, steps: bool = False) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    f = optimizer.functional(model)
+    if steps:
+        optimizer.make_step(f, mse)
+    else:
+        optimizer.functional(f)
+
+
+def loss_of_x(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def replaced_parameter(make: Callable[[ReLoRAOptimizer, nn.Module], Any], warm_start: int = 0) -> None:
+    """Accelerate and FSDP replace parameters, say."""
+    model = mlp()
+    call = make(relora(model, schedule=JaggedSchedule(5, warm_start=warm_start)), model)
+    model.first.weight = nn.Parameter(model.first.weight.detach().clone())
+    call(batch(0)[0])
+
+
+def clock_with(**changes: Any) -> None:
+    relora(mlp()).set_clock(**{"num_updates": 9, "num_restarts": 1, "last_restart": 5, **changes})
 
 
 def scaled_factor_gradients() -> None:
@@ -334,9 +368,32 @@ MISTAKES = {
         "['third.weight']",
         "construct it alike",
     ),
+    "clock fresh a number": Mistake(lambda: clock_with(fresh=3), TypeError, "fresh=3", "a list of names"),
+    "clock fresh one name": Mistake(
+        lambda: clock_with(fresh="first.weight"), TypeError, "fresh='first.weight'", "a list of names"
+    ),
+    "clock fresh numbers": Mistake(lambda: clock_with(fresh=[3, "a"]), TypeError, "fresh=[3, 'a']", "a list of names"),
     "closure no function": Mistake(lambda: relora(mlp()).step(5), TypeError, "closure=5", "must be callable"),
     "state no dictionary": Mistake(
         lambda: relora(mlp()).load_state_dict(None), TypeError, "a NoneType", "must be what"
+    ),
+    "state of nothing": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "state": None}),
+        TypeError,
+        "state is a NoneType",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "state with groups of numbers": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "param_groups": [3, 4]}),
+        TypeError,
+        "param_groups holds a int",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "state with a number for groups": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "param_groups": 3}),
+        TypeError,
+        "param_groups holds a int",
+        "must be what optimizer.state_dict() gave",
     ),
     "another optimizer's state": Mistake(
         lambda: relora(mlp()).load_state_dict(AdamW(mlp().parameters()).state_dict()),
@@ -370,12 +427,75 @@ MISTAKES = {
         "has no factors",
         "restore the clock first (set_clock)",
     ),
+    "memory of a model": Mistake(lambda: memory(mlp()), TypeError, "memory of a MLP", "give the ReLoRAOptimizer"),
+    "trainer_factory called": Mistake(
+        lambda: trainer_factory()(), TypeError, "model=None", "without the brackets after trainer_factory"
+    ),
+    "the class for the Trainer": Mistake(
+        lambda: ReLoRAOptimizer([{"params": list(mlp().parameters())}], lr=0.1, rank=2),
+        ValueError,
+        "rank=2",
+        "(trainer_factory, options)",
+    ),
     # the functional path
     "a stranger's model": Mistake(
         lambda: relora(mlp()).functional(nn.Linear(2, 2)), ValueError, "Linear", "pass the model it trains"
     ),
     "no model": Mistake(lambda: relora(mlp()).functional(None), TypeError, "model=None", "must be the nn.Module"),
     "no model to step": Mistake(lambda: relora(mlp()).make_step(None, mse), TypeError, "model=None", "the nn.Module"),
+    "LBFGS in make_step": Mistake(
+        lambda: low_rank(base=torch.optim.LBFGS, rank=0).make_step(mlp(), mse), ValueError, "LBFGS", "step(closure)"
+    ),
+    "compile in words": Mistake(
+        lambda: relora(mlp()).make_step(mlp(), mse, compile="yes"), TypeError, "compile='yes'", "True or False"
+    ),
+    "skip_nonfinite in words": Mistake(
+        lambda: stepped_with_loss(mse, skip_nonfinite="x"), TypeError, "skip_nonfinite='x'", "True or False"
+    ),
+    "has_aux a number": Mistake(lambda: stepped_with_loss(mse, has_aux=1), TypeError, "has_aux=1", "True or False"),
+    "process_group by name": Mistake(
+        lambda: stepped_with_loss(mse, process_group="gloo"), TypeError, "process_group='gloo'", "group.WORLD"
+    ),
+    "loss detached": Mistake(
+        lambda: stepped_with_loss(lambda *args: mse(*args).detach()), TypeError, "torch.float32", "do not detach it"
+    ),
+    "loss of integers": Mistake(
+        lambda: stepped_with_loss(lambda *args: mse(*args).long()), TypeError, "torch.int64", "in floating point"
+    ),
+    "functional twice": Mistake(functional_twice, TypeError, "functional model already", "pass the model itself"),
+    "a step of a functional model": Mistake(
+        lambda: functional_twice(steps=True), TypeError, "functional model already", "pass the model itself"
+    ),
+    "a functional model saved": Mistake(
+        lambda: save_merged(functional(mlp()), "x"), TypeError, "no state of its own", "save the model itself"
+    ),
+    "a functional model's state": Mistake(
+        lambda: functional(mlp()).state_dict(), TypeError, "no state of its own", "save the model itself"
+    ),
+    "a parameter replaced": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.functional(model)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in a step": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.make_step(model, loss_of_x, compile=False)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in a compiled step": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.make_step(model, loss_of_x)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in the warm start": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.functional(model), warm_start=3),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
     "accumulate 0": Mistake(lambda: stepped_with_loss(mse, accumulate=0), ValueError, "accumulate=0", "1 or more"),
     "loss_fn no function": Mistake(lambda: stepped_with_loss(3), TypeError, "loss_fn=3", "must be callable"),
     "loss no scalar": Mistake(
@@ -388,6 +508,16 @@ MISTAKES = {
     # the export
     "max_shard_size": Mistake(
         lambda: save_merged(mlp(), "x", max_shard_size="5TB"), ValueError, "max_shard_size='5TB'", "'5GB', '200MB'"
+    ),
+    "max_shard_size as a truth": Mistake(
+        lambda: save_merged(mlp(), "x", max_shard_size=True), ValueError, "max_shard_size=True", "'5GB', '200MB'"
+    ),
+    "path None": Mistake(lambda: save_merged(mlp(), None), TypeError, "path=None", "'model.safetensors', say"),
+    "path a folder": Mistake(
+        lambda: save_merged(mlp(), HERE), IsADirectoryError, f"path={HERE}", "model.safetensors say"
+    ),
+    "a model without values": Mistake(
+        lambda: save_merged(mlp().to("meta"), "x"), ValueError, "stem.weight is on the meta device", "assign=True"
     ),
     "path": Mistake(lambda: save_merged(mlp(), "nowhere/x"), FileNotFoundError, "path=nowhere/x", "no folder nowhere"),
     "nothing to save": Mistake(lambda: save_merged(nn.ReLU(), "x"), ValueError, "ReLU", "no parameters or buffers"),
