@@ -91,6 +91,39 @@ class Base:
         return optimizer
 
 
+def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimizer:
+    """Return the base over a user's groups, for the options that it fills in.
+
+    Raises:
+        ValueError: where it takes matrices alone, as Muon does: names the first parameter that is none.
+    """
+    try:
+        return base.build(groups)
+    except ValueError as error:
+        if "2D parameters" in str(error):
+            for group, p, name in _named(groups, names):
+                if p.dim() != 2 and _refuses(base, {**group, "params": [p]}):
+                    remedy = "leave it out of targets" if group["rank"] else "muon_beside_adamw() trains it by AdamW"
+                    raise ValueError(
+                        f"{name} {tuple(p.shape)} is no matrix, and {base.name} takes nothing else: {remedy}"
+                    ) from error
+        raise
+
+
+def _named(groups: list[Group], names: list[list[str]]) -> Iterator[tuple[Group, Tensor, str]]:
+    for group, own in zip(groups, names, strict=True):
+        for p, name in zip(group["params"], own, strict=True):
+            yield group, p, name
+
+
+def _refuses(base: Base, group: Group) -> bool:
+    try:
+        base.build([group])
+    except ValueError:
+        return True
+    return False
+
+
 def _check_is_rate(lr: object) -> None:
     if isinstance(lr, bool) or not isinstance(lr, (Real, Tensor)):
         raise TypeError(f"lr={lr!r} must be a number, or a tensor of one")

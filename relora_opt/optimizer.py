@@ -32,7 +32,16 @@ from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, pro
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
-from .select import MATCHED, LowRank, Params, Selected, Targets, resolve_added_group, resolve_groups
+from .select import (
+    MATCHED,
+    LowRank,
+    Params,
+    ResolvedGroup,
+    Selected,
+    Targets,
+    resolve_added_group,
+    resolve_groups,
+)
 from .sharding import full
 from .state import (
     CLOCK,
@@ -149,7 +158,7 @@ class ReLoRAOptimizer(Optimizer):
         self._matched: dict[tuple[int, ...], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
-        template = self._base.build([dict(group.options) for group in resolved])
+        template = self._template(resolved)
         inner.check_alone(type(template), is_alone=is_alone)  # a factory's
         groups = [
             {**given, **group.options, "pointing": self._num_sketches(group.options)}
@@ -240,7 +249,7 @@ class ReLoRAOptimizer(Optimizer):
         num_groups, names = len(self.param_groups), [slot.name for slots in self._slots for slot in slots]
         try:
             for group in resolve_added_group(param_group, self._low_rank, before=names):
-                template = self._base.build([dict(group.options)]).param_groups[0]
+                template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
@@ -531,6 +540,12 @@ class ReLoRAOptimizer(Optimizer):
         self._last_lr = []
         self._moved, self._pruned = None, {}
         self.grad_norm = None
+
+    def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
+        """Return the base over parameters like those that it will see, for the options that it fills in."""
+        names = [[slot.name for slot in group.slots] for group in resolved]
+        groups = [group.seen_by_base(is_warm=self.schedule.warm_start > 0) for group in resolved]
+        return inner.template(self._base, groups, names)
 
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""

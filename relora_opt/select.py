@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .factors import matrix_shape
+from .factors import factor_dtype, matrix_shape
 
 Params = nn.Module | Iterable[Any]
 Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
@@ -54,6 +55,21 @@ class ResolvedGroup(NamedTuple):
 
     options: dict[str, Any]
     slots: list[Slot]
+
+    def seen_by_base(self, *, is_warm: bool) -> dict[str, Any]:
+        """Return the options with parameters as the base sees them: without a warm start, factors in place of weights.
+
+        They are matrices, those of a convolution too. Here they stand for them without memory or values.
+        """
+
+        def seen(p: Tensor, slot: Slot) -> Tensor:
+            if is_warm or not self.options["rank"] or p.dim() == 2:
+                return p
+            shape = matrix_shape(p, is_batch=slot.is_batch)
+            return torch.empty((1,) * len(shape), dtype=factor_dtype(p.dtype), device=p.device).expand(shape)
+
+        parameters = [seen(p, slot) for p, slot in zip(self.options["params"], self.slots, strict=True)]
+        return {**self.options, "params": parameters}
 
 
 @dataclass(frozen=True)
