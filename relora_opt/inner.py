@@ -194,12 +194,11 @@ class Inner:
                     self._optimizer.state[parameter] = holder[name]
         return self._optimizer
 
-    def set_rates(self, groups: list[Group], rates: list[Any]) -> list[float]:
-        """Copy the outer groups' options into the base's, with these effective rates; return the rates as numbers."""
+    def set_rates(self, groups: list[Group], rates: list[Any]) -> None:
+        """Copy the outer groups' options into the base's, with these effective rates."""
         assert self._optimizer is not None
         for group, own, rate in zip(groups, self._optimizer.param_groups, rates, strict=True):
             own.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
-        return [float(rate) for rate in rates]
 
     def adopt(self, groups: list[Group], state: Any) -> None:
         """Hold in `state` and `groups` what the base holds: it may have made state, or counted in its groups."""

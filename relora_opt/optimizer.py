@@ -106,7 +106,7 @@ class ReLoRAOptimizer(Optimizer):
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
-    _last_lr: list[float]
+    _last_lr: list[Any]  # numbers, or tensors on a device, which nobody waits for
     _drafts: dict[Tensor, Entry]
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
@@ -182,8 +182,14 @@ class ReLoRAOptimizer(Optimizer):
         The factors' gradients are used up: none outlasts its step, so zeroing the model's own gradients is enough.
 
         Raises:
-            RuntimeError: for factor gradients of the functional path under a GradScaler.
+            RuntimeError: for factor gradients of the functional path under a GradScaler, and inside the capture of a
+                CUDA graph.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() inside the capture of a CUDA graph: updates and restarts are counted in Python, which a replay "
+                "does not run; capture forward and backward alone"
+            )
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
         self._restore_models()
@@ -207,7 +213,8 @@ class ReLoRAOptimizer(Optimizer):
             if self.max_grad_norm is not None and counts:
                 parameters = [p for group in base.param_groups for p in group["params"]]
                 self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
-            rates = self._inner.set_rates(self.param_groups, self._rates())
+            rates = self._rates()
+            self._inner.set_rates(self.param_groups, rates)
             self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
@@ -359,7 +366,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""
-        return self._last_lr or [float(lr) for lr in self._rates()]
+        return [float(lr) for lr in self._last_lr or self._rates()]
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -542,6 +542,15 @@ def test_the_table_is_long_enough() -> None:
     assert len(MISTAKES) >= 20
 
 
+def test_a_step_inside_the_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = used()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a CUDA graph: .* counted in Python.*; capture forward and backward alone"):
+        optimizer.step()
+    assert optimizer.num_updates == 1
+
+
 @pytest.mark.parametrize(
     "options", [{"rank": -1}, {"init": "zeros"}, {"prune": "reset"}, {"targets": ["zzz"]}, {"lr": math.inf}]
 )
