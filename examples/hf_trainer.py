@@ -1,12 +1,16 @@
-"""transformers' Trainer, by the factory that it calls once the model is placed:  python examples/hf_trainer.py
+"""transformers' Trainer, by the factory that it calls once the model is placed:  python examples/hf_trainer.py [FOLDER]
+
+A second run with the same folder goes on from the last checkpoint in it.
 
 Trainer(..., optimizers=(ReLoRAOptimizer(model, ...), scheduler)) does as well, where the model is not sharded later.
 """
 
+import sys
 import tempfile
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from relora_opt import JaggedSchedule, trainer_factory
 
@@ -16,8 +20,9 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_positio
 starts = torch.randint(0, 64, (640, 1))
 texts = [{"input_ids": row, "labels": row} for row in (starts + 5 * torch.arange(16)) % 64]
 
+folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 arguments = TrainingArguments(
-    tempfile.mkdtemp(),
+    folder,
     per_device_train_batch_size=8,
     learning_rate=3e-3,
     lr_scheduler_type="cosine",
@@ -26,12 +31,8 @@ arguments = TrainingArguments(
     save_steps=40,
     report_to=[],
 )
-options = {
-    "lr": arguments.learning_rate,  # the Trainer does not hand it over
-    "rank": 8,
-    "alpha": "matched",
-    "schedule": JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10),
-    "max_grad_norm": 1.0,
-}
+schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
+options = {"rank": 8, "alpha": "matched", "schedule": schedule, "max_grad_norm": 1.0}
+options["lr"] = arguments.learning_rate  # the Trainer does not hand it over
 trainer = Trainer(model, arguments, train_dataset=texts, optimizer_cls_and_kwargs=(trainer_factory, options))
-trainer.train(resume_from_checkpoint=False)  # or True, from save_steps' files
+trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))

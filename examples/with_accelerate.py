@@ -1,4 +1,7 @@
-"""Accelerate:  python examples/with_accelerate.py, or under accelerate launch --cpu --num_processes 2."""
+"""Accelerate:  python examples/with_accelerate.py, or in two processes on a CPU (accelerate launch --cpu starts one):
+
+ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 examples/with_accelerate.py
+"""
 
 import tempfile
 
@@ -14,7 +17,7 @@ teacher = nn.Linear(32, 32)
 model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
 optimizer = ReLoRAOptimizer(model, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
-scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)  # Accelerate makes a step of it for each process
 x = torch.randn(3840, 32)
 loader = DataLoader(TensorDataset(x, teacher(x).detach()), batch_size=32, shuffle=True)
 
@@ -31,5 +34,6 @@ for x, y in loader:
         prepared.zero_grad()
 
 accelerator.save_state(tempfile.mkdtemp())  # and load_state, to go on
-accelerator.print(f"{optimizer.num_updates} updates, {optimizer.num_restarts} restarts, loss {loss.item():.4f}")
+counts = f"{accelerator.num_processes} processes, {optimizer.num_updates} updates, {optimizer.num_restarts} restarts"
+accelerator.print(f"{counts}, loss {loss.item():.4f}")
 accelerator.end_training()

@@ -16,7 +16,9 @@ class Student(lightning.LightningModule):
         self.net = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
 
     def configure_optimizers(self) -> dict[str, object]:
         schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
@@ -34,5 +36,5 @@ trainer = lightning.Trainer(
     default_root_dir=tempfile.mkdtemp(),
 )  # fmt: skip
 trainer.fit(student, loader)
-optimizer = trainer.optimizers[0]
-print(f"{optimizer.num_updates} updates, {optimizer.num_restarts} restarts, loss {trainer.callback_metrics}")
+optimizer, loss = trainer.optimizers[0], trainer.callback_metrics["loss"]
+print(f"{optimizer.num_updates} updates, {optimizer.num_restarts} restarts, loss {loss:.4f}")

@@ -44,16 +44,21 @@ def save_merged(
         The files written, the index last.
 
     Raises:
-        ValueError: for an unreadable size, a dtype that is not floating, sharded weights, or a model without tensors.
+        ValueError: for an unreadable size, a dtype that is not floating, weights that are sharded or on the meta
+            device, or a model without tensors.
         OSError: where the folder does not exist, or the disk refuses.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: save_merged(model, path) takes the module first")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={path!r} must name the file to write: 'model.safetensors', say")
     path = Path(path)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r} cannot hold weights: give torch.float32, torch.bfloat16 or torch.float16")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={path}: there is no folder {path.parent} to write into")
+    if path.is_dir():
+        raise IsADirectoryError(f"path={path} is a folder: name the file in it, {path / 'model.safetensors'} say")
     tensors = _merged(model, dtype)
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no parameters or buffers to save")
@@ -87,6 +92,10 @@ def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} is sharded: gather the weights with get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)) of torch.distributed.checkpoint, and load them into a model that is not sharded"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values: load some first, by load_state_dict(..., assign=True)"
             )
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() > 0 and place in written:
@@ -135,7 +144,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _num_bytes(size: int | str) -> int:
-    if not isinstance(size, (int, str)):
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ValueError(f"max_shard_size={size!r} is not a size: write bytes, or '5GB', '200MB'")
     if isinstance(size, str):
         number, unit = size[:-2].strip(), size[-2:].upper()

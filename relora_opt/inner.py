@@ -9,10 +9,12 @@ This file does not know clocks or models.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,9 +40,12 @@ class Base:
             raise TypeError(f"base is an instance of {name}: pass the class itself, with its arguments by keyword")
         if not callable(self.factory) or (isinstance(self.factory, type) and not issubclass(self.factory, Optimizer)):
             raise TypeError(f"base={self.factory!r} must be an optimizer class or a factory: torch.optim.AdamW, say")
-        lr = self.options.get("lr", 0.0)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
-            raise TypeError(f"lr={lr!r} must be a number, or a tensor of one")
+        if not _takes_groups(self.factory):
+            raise TypeError(
+                f"base={self.name} takes no groups of parameters: call it, if it makes a base: muon_beside_adamw(), say"
+            )
+        if "lr" in self.options:
+            _check_is_rate(self.options["lr"])
 
     @property
     def kind(self) -> object:
@@ -51,13 +56,25 @@ class Base:
     def name(self) -> str:
         return getattr(self.kind, "__name__", repr(self.kind))
 
+    @property
+    def with_own_alpha(self) -> str:
+        """The name of the optimizer's class, where it takes an `alpha` that `functools.partial` has not bound."""
+        bound = self.factory.keywords if isinstance(self.factory, partial) else {}
+        signature = _signature(self.kind)
+        if signature is None or "alpha" not in signature.parameters or "alpha" in bound:
+            return ""
+        return f"torch.optim.{self.name}" if hasattr(torch.optim, self.name) else self.name
+
     def build(self, groups: list[Group]) -> Optimizer:
         """Return the base optimizer over these groups, one of its groups for each of them.
 
         Raises:
-            TypeError: where the factory returns something else.
+            TypeError: where the factory returns something else, or a learning rate is no number.
             ValueError: where it rearranges the groups, has no usable learning rate or is to be differentiated through.
         """
+        for group in groups:
+            if "lr" in group:
+                _check_rate(group["lr"])
         optimizer = self.factory(groups, **self.options)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"base gave a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
@@ -66,13 +83,74 @@ class Base:
                 f"{type(optimizer).__name__} rearranged its groups: a base must keep them as they are given"
             )
         for group in optimizer.param_groups:
-            if not math.isfinite(float(group.get("lr", math.nan))):
-                raise ValueError(f"lr={group.get('lr')} must be a finite number: the schedule multiplies it")
+            _check_rate(group.get("lr"))
             if group.get("differentiable"):
                 raise ValueError(
                     "differentiable=True is not supported: the update of W is made in place, outside autograd"
                 )
         return optimizer
+
+
+def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimizer:
+    """Return the base over a user's groups, for the options that it fills in.
+
+    Raises:
+        ValueError: where it takes matrices alone, as Muon does: names the first parameter that is none.
+    """
+    try:
+        return base.build(groups)
+    except ValueError as error:
+        if "2D parameters" in str(error):
+            for group, p, name in _named(groups, names):
+                if p.dim() != 2 and _refuses(base, {**group, "params": [p]}):
+                    remedy = "leave it out of targets" if group["rank"] else "muon_beside_adamw() trains it by AdamW"
+                    raise ValueError(
+                        f"{name} {tuple(p.shape)} is no matrix, and {base.name} takes nothing else: {remedy}"
+                    ) from error
+        raise
+
+
+def _named(groups: list[Group], names: list[list[str]]) -> Iterator[tuple[Group, Tensor, str]]:
+    for group, own in zip(groups, names, strict=True):
+        for p, name in zip(group["params"], own, strict=True):
+            yield group, p, name
+
+
+def _refuses(base: Base, group: Group) -> bool:
+    try:
+        base.build([group])
+    except ValueError:
+        return True
+    return False
+
+
+def _check_is_rate(lr: object) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, (Real, Tensor)):
+        raise TypeError(f"lr={lr!r} must be a number, or a tensor of one")
+
+
+def _check_rate(lr: Any) -> None:
+    _check_is_rate(lr)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise TypeError(f"lr of shape {tuple(lr.shape)} must be a number, or a tensor of one")
+    if not math.isfinite(float(lr)):
+        raise ValueError(f"lr={lr} must be a finite number: the schedule multiplies it")
+
+
+def _takes_groups(factory: Callable[..., Any]) -> bool:
+    """Say whether a factory can be called with groups; of what shows no signature, that is assumed."""
+    signature = _signature(factory)
+    return signature is None or any(
+        parameter.kind not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+        for parameter in signature.parameters.values()
+    )
+
+
+def _signature(factory: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):  # of some that are written in C
+        return None
 
 
 _WORKS_ALONE: dict[type[Optimizer], str] = {
@@ -116,12 +194,11 @@ class Inner:
                     self._optimizer.state[parameter] = holder[name]
         return self._optimizer
 
-    def set_rates(self, groups: list[Group], rates: list[Any]) -> list[float]:
-        """Copy the outer groups' options into the base's, with these effective rates; return the rates as numbers."""
+    def set_rates(self, groups: list[Group], rates: list[Any]) -> None:
+        """Copy the outer groups' options into the base's, with these effective rates."""
         assert self._optimizer is not None
         for group, own, rate in zip(groups, self._optimizer.param_groups, rates, strict=True):
             own.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
-        return [float(rate) for rate in rates]
 
     def adopt(self, groups: list[Group], state: Any) -> None:
         """Hold in `state` and `groups` what the base holds: it may have made state, or counted in its groups."""

@@ -26,10 +26,7 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
         ValueError: for another optimizer's state, an unknown format, other ranks or shapes, groups that disagree, or
             counters that disagree with the state (past the switch without factors, or before it with them).
     """
-    if not isinstance(saved, dict):
-        raise TypeError(f"state_dict is a {type(saved).__name__}: it must be what optimizer.state_dict() gave")
-    if not {"state", "param_groups"} <= saved.keys():
-        raise ValueError(f"state_dict holds {sorted(saved)}: it must be what optimizer.state_dict() gave")
+    _check_form(saved)
     _check_groups(saved["param_groups"], groups)
     num_updates = saved["param_groups"][0]["num_updates"]
     is_past = num_updates >= warm_start
@@ -66,12 +63,17 @@ def check_layouts(saved: StateDict, weights: Iterable[Selected]) -> None:
             )
 
 
-def check_clock(num_updates: Any, num_restarts: Any, last_restart: Any) -> None:
-    """Refuse counters that no run has.
+def check_clock(num_updates: Any, num_restarts: Any, last_restart: Any, fresh: Any) -> None:
+    """Refuse counters that no run has, and names that are none.
+
+    Any number of restarts goes with any number of updates: by hand there may be many at one, and before the first.
 
     Raises:
-        ValueError: gives the counters.
+        ValueError: gives the counters. TypeError: where `fresh` is no list of names.
     """
+    are_names = isinstance(fresh, Collection) and all(isinstance(name, str) for name in fresh)
+    if isinstance(fresh, str) or not (fresh is None or are_names):
+        raise TypeError(f"fresh={fresh!r} must be a list of names, as the clock of the saved optimizer has it")
     counters = (num_updates, num_restarts, last_restart)
     are_whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counters)
     if not are_whole or last_restart > num_updates:
@@ -86,7 +88,8 @@ def with_empty_states(saved: StateDict, weights: Iterable[Selected], names: Coll
 
     torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary.
     """
-    if not names or not {"state", "param_groups"} <= saved.keys():
+    _check_form(saved)
+    if not names:
         return saved
     state = dict(saved["state"])
     for weight, index in _indices(saved, weights):
@@ -121,6 +124,20 @@ def _indices(saved: StateDict, weights: Iterable[Selected]) -> Iterator[tuple[Se
     numbers = {weight.number for weight in weights}
     indices = [i for n, group in enumerate(saved["param_groups"]) if n in numbers for i in group["params"]]
     return zip(weights, indices, strict=False)
+
+
+def _check_form(saved: Any) -> None:
+    must = "it must be what optimizer.state_dict() gave"
+    if not isinstance(saved, dict):
+        raise TypeError(f"state_dict is a {type(saved).__name__}: {must}")
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(f"state_dict holds {sorted(map(str, saved))}: {must}")
+    if not isinstance(saved["state"], dict):
+        raise TypeError(f"state_dict's state is a {type(saved['state']).__name__}: {must}")
+    groups = saved["param_groups"]
+    wrong = [group for group in groups if not isinstance(group, dict)] if isinstance(groups, list) else [groups]
+    if wrong:
+        raise TypeError(f"state_dict's param_groups holds a {type(wrong[0]).__name__}: {must}")
 
 
 def _check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:

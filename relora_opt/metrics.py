@@ -100,6 +100,8 @@ class Watched(NamedTuple):
 
 def memory(optimizer: ReLoRAOptimizer) -> Memory:
     """Measure an optimizer's memory. Before its first update it holds none."""
+    if not isinstance(optimizer, ReLoRAOptimizer):
+        raise TypeError(f"memory of a {type(optimizer).__name__}: give the ReLoRAOptimizer, memory(optimizer)")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     num_trainable = 0
     for group in optimizer.param_groups:

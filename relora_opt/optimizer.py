@@ -32,7 +32,16 @@ from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, pro
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
-from .select import MATCHED, LowRank, Params, Selected, Targets, resolve_added_group, resolve_groups
+from .select import (
+    MATCHED,
+    LowRank,
+    Params,
+    ResolvedGroup,
+    Selected,
+    Targets,
+    resolve_added_group,
+    resolve_groups,
+)
 from .sharding import full
 from .state import (
     CLOCK,
@@ -97,7 +106,7 @@ class ReLoRAOptimizer(Optimizer):
 
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
-    _last_lr: list[float]
+    _last_lr: list[Any]  # numbers, or tensors on a device, which nobody waits for
     _drafts: dict[Tensor, Entry]
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
@@ -121,11 +130,13 @@ class ReLoRAOptimizer(Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for theirs in options.keys() & _PEFT_NAMES:
-            raise TypeError(f"{theirs}={options[theirs]!r} is PEFT's name: here it is {_PEFT_NAMES[theirs]}=")
+        for theirs in options.keys() & _FOREIGN_NAMES:
+            owner, ours = _FOREIGN_NAMES[theirs]
+            raise TypeError(f"{theirs}={options[theirs]!r} is {owner}: here it is {ours}")
         if init not in INITS:
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        is_norm = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
+        if not (max_grad_norm is None or is_norm):
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number: None leaves gradients alone")
         if not isinstance(release_grads, bool):
             raise TypeError(f"release_grads={release_grads!r} must be True or False")
@@ -138,8 +149,8 @@ class ReLoRAOptimizer(Optimizer):
             raise TypeError(f"schedule={schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say")
         if not isinstance(self.prune, pruning.STRATEGIES):
             raise TypeError(f"prune={prune!r} must be a strategy: prune.reset(), say")
-        self._low_rank = LowRank(rank, alpha, factor_lr, targets)
         self._base = inner.Base(base, options)
+        self._low_rank = LowRank(rank, alpha, factor_lr, targets, base_with_alpha=self._base.with_own_alpha)
         resolved = resolve_groups(params, self._low_rank)
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
@@ -147,7 +158,7 @@ class ReLoRAOptimizer(Optimizer):
         self._matched: dict[tuple[int, ...], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
-        template = self._base.build([dict(group.options) for group in resolved])
+        template = self._template(resolved)
         inner.check_alone(type(template), is_alone=is_alone)  # a factory's
         groups = [
             {**given, **group.options, "pointing": self._num_sketches(group.options)}
@@ -171,8 +182,14 @@ class ReLoRAOptimizer(Optimizer):
         The factors' gradients are used up: none outlasts its step, so zeroing the model's own gradients is enough.
 
         Raises:
-            RuntimeError: for factor gradients of the functional path under a GradScaler.
+            RuntimeError: for factor gradients of the functional path under a GradScaler, and inside the capture of a
+                CUDA graph.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() inside the capture of a CUDA graph: updates and restarts are counted in Python, which a replay "
+                "does not run; capture forward and backward alone"
+            )
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
         self._restore_models()
@@ -196,7 +213,8 @@ class ReLoRAOptimizer(Optimizer):
             if self.max_grad_norm is not None and counts:
                 parameters = [p for group in base.param_groups for p in group["params"]]
                 self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
-            rates = self._inner.set_rates(self.param_groups, self._rates())
+            rates = self._rates()
+            self._inner.set_rates(self.param_groups, rates)
             self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in self._low_rank_weights() if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
@@ -235,10 +253,10 @@ class ReLoRAOptimizer(Optimizer):
         param_group = {
             key: value for key, value in param_group.items() if key not in ("scale", "pointing", *new_clock())
         }
-        num_groups, num_parameters = len(self.param_groups), sum(map(len, self._slots))
+        num_groups, names = len(self.param_groups), [slot.name for slots in self._slots for slot in slots]
         try:
-            for group in resolve_added_group(param_group, self._low_rank, num_before=num_parameters):
-                template = self._base.build([dict(group.options)]).param_groups[0]
+            for group in resolve_added_group(param_group, self._low_rank, before=names):
+                template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
@@ -348,7 +366,7 @@ class ReLoRAOptimizer(Optimizer):
 
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""
-        return self._last_lr or [float(lr) for lr in self._rates()]
+        return [float(lr) for lr in self._last_lr or self._rates()]
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -438,7 +456,7 @@ class ReLoRAOptimizer(Optimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        check_clock(num_updates, num_restarts, last_restart)
+        check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()
         unknown = sorted({*fresh} - {*self.selected})
@@ -506,6 +524,8 @@ class ReLoRAOptimizer(Optimizer):
         """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py)."""
         from .step import Step
 
+        if self._passes_closure:
+            raise ValueError("LBFGS asks for a closure, which make_step does not give: call optimizer.step(closure)")
         return Step(
             self,
             model,
@@ -527,6 +547,12 @@ class ReLoRAOptimizer(Optimizer):
         self._last_lr = []
         self._moved, self._pruned = None, {}
         self.grad_norm = None
+
+    def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
+        """Return the base over parameters like those that it will see, for the options that it fills in."""
+        names = [[slot.name for slot in group.slots] for group in resolved]
+        groups = [group.seen_by_base(is_warm=self.schedule.warm_start > 0) for group in resolved]
+        return inner.template(self._base, groups, names)
 
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""
@@ -725,7 +751,15 @@ def _without_parameters(options: Group) -> Group:
     return {key: value for key, value in options.items() if key != "params"}
 
 
-_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+_FOREIGN_NAMES = {
+    "r": ("PEFT's name", "rank="),
+    "lora_alpha": ("PEFT's name", "alpha="),
+    "target_modules": ("PEFT's name", "targets="),
+    "restart_every": ("the schedule's", "schedule=JaggedSchedule(restart_every=...)"),
+    "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
+    "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
+    "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
+}
 _OWN = (
     "schedule",
     "init",

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +170,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-def _check_ratio(name: str, ratio: float) -> None:
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"{name}({ratio}): the share of the state to forget must lie between 0 and 1")
+def _check_ratio(name: str, ratio: Any) -> None:
+    is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not (is_number and 0.0 <= ratio <= 1.0):
+        raise ValueError(f"{name}({ratio!r}): the share of the state to forget must be a number between 0 and 1")

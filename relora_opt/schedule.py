@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
+from typing import SupportsFloat
 
 OuterSchedule = Callable[[int], float]
 
@@ -32,12 +34,19 @@ class _Decay:
     shape: Callable[[float], float]
 
     def __post_init__(self) -> None:
-        if self.num_updates < 1:
-            raise ValueError(f"num_updates={self.num_updates} must be at least 1: give the length of the whole run")
-        if not 0 <= self.warmup <= self.num_updates:
-            raise ValueError(f"warmup={self.warmup} must lie between 0 and num_updates={self.num_updates}")
-        if not 0.0 <= self.min_ratio <= 1.0:
-            raise ValueError(f"min_ratio={self.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
+        if not _is_number(self.num_updates) or self.num_updates < 1:
+            raise ValueError(
+                f"num_updates={self.num_updates!r} must be a number, at least 1: give the length of the whole run"
+            )
+        if not _is_number(self.warmup) or not 0 <= self.warmup <= self.num_updates:
+            raise ValueError(
+                f"warmup={self.warmup!r} must be a number of updates and lie between 0 and num_updates="
+                f"{self.num_updates}"
+            )
+        if not _is_number(self.min_ratio) or not 0.0 <= self.min_ratio <= 1.0:
+            raise ValueError(
+                f"min_ratio={self.min_ratio!r} must be a number between 0 and 1: it is a share of the peak rate"
+            )
 
     def __call__(self, update: int) -> float:
         if update <= self.warmup and self.warmup > 0:
@@ -50,8 +59,8 @@ class _Decay:
 
 def constant(warmup: int = 0) -> OuterSchedule:
     """Return the schedule that stays at 1, after a linear warm-up of `warmup` updates."""
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} must not be negative: 0 means no warm-up")
+    if not _is_number(warmup) or warmup < 0:
+        raise ValueError(f"warmup={warmup!r} must be a number of updates, 0 or more: 0 means no warm-up")
     return partial(_constant, warmup)
 
 
@@ -72,8 +81,10 @@ def linear(num_updates: int, warmup: int = 0, min_ratio: float = 0.0) -> OuterSc
 
 def wsd(num_updates: int, warmup: int = 0, min_ratio: float = 0.0, decay: float = 0.2) -> OuterSchedule:
     """Return warmup-stable-decay: 1 after `warmup`, and a straight line to `min_ratio` over the last share `decay`."""
-    if not 0.0 < decay <= 1.0:
-        raise ValueError(f"decay={decay} must lie above 0 and at most at 1: it is the share of updates that decays")
+    if not _is_number(decay) or not 0.0 < decay <= 1.0:
+        raise ValueError(
+            f"decay={decay!r} must be a number above 0 and at most at 1: it is the share of updates that decays"
+        )
     return _Decay(num_updates, warmup, min_ratio, partial(_plateau, decay))
 
 
@@ -88,7 +99,7 @@ class JaggedSchedule:
         outer: the schedule that the ramps are cut out of, u -> multiplier.
 
     Raises:
-        ValueError: for a negative count, or a ramp longer than its cycle.
+        ValueError: for a negative count, a ramp longer than its cycle, or an outer schedule that starts with no number.
 
     >>> schedule = JaggedSchedule(restart_every=100, restart_warmup=10, warm_start=50)
     >>> schedule(50), schedule(55), schedule(60), schedule(155)
@@ -114,6 +125,13 @@ class JaggedSchedule:
             )
         if not callable(self.outer):
             raise TypeError(f"outer={self.outer!r} must be callable, update -> multiplier: cosine(20_000), say")
+        first = self.outer(1)
+        if not isinstance(first, SupportsFloat):
+            raise TypeError(
+                f"outer={self.outer!r} gave a {type(first).__name__} for update 1 and no multiplier: give a schedule, "
+                "cosine(20_000) say, and not what makes one"
+            )
+        _check_multiplier(first, 1)
 
     def __call__(self, update: int, last_restart: int | None = None) -> float:
         """Return the multiplier of update u = 1, 2, ...
@@ -124,8 +142,7 @@ class JaggedSchedule:
         since = update - start
         ramps = start > 0 and since < self.restart_warmup
         value = since / self.restart_warmup * self.outer(start + self.restart_warmup) if ramps else self.outer(update)
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"outer gave the multiplier {value} around update {update}: it must be finite, 0 or more")
+        _check_multiplier(value, update)
         return value
 
     def switches_after(self, update: int) -> bool:
@@ -150,6 +167,15 @@ class JaggedSchedule:
         if self.restart_every == 0:
             return self.warm_start
         return self.warm_start + (update - 1 - self.warm_start) // self.restart_every * self.restart_every
+
+
+def _check_multiplier(value: SupportsFloat, update: int) -> None:
+    if not (math.isfinite(value) and float(value) >= 0.0):
+        raise ValueError(f"outer gave the multiplier {value} around update {update}: it must be finite, 0 or more")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _constant(warmup: int, update: int) -> float:

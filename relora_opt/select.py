@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .factors import matrix_shape
+from .factors import factor_dtype, matrix_shape
 
 Params = nn.Module | Iterable[Any]
 Targets = str | Sequence[str] | Callable[[str, Tensor], bool] | None
@@ -55,6 +56,21 @@ class ResolvedGroup(NamedTuple):
     options: dict[str, Any]
     slots: list[Slot]
 
+    def seen_by_base(self, *, is_warm: bool) -> dict[str, Any]:
+        """Return the options with parameters as the base sees them: without a warm start, factors in place of weights.
+
+        They are matrices, those of a convolution too. Here they stand for them without memory or values.
+        """
+
+        def seen(p: Tensor, slot: Slot) -> Tensor:
+            if is_warm or not self.options["rank"] or p.dim() == 2:
+                return p
+            shape = matrix_shape(p, is_batch=slot.is_batch)
+            return torch.empty((1,) * len(shape), dtype=factor_dtype(p.dtype), device=p.device).expand(shape)
+
+        parameters = [seen(p, slot) for p, slot in zip(self.options["params"], self.slots, strict=True)]
+        return {**self.options, "params": parameters}
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -65,28 +81,32 @@ class LowRank:
         alpha: scale s = alpha / rank; None means alpha = rank; "matched" leaves s to each weight's shape.
         factor_lr: multiplies the learning rate for factors only.
         targets: which parameters; None for the default.
+        base_with_alpha: the base, where it has an alpha of its own, for which a number could be meant.
     """
 
     rank: int
     alpha: float | str | None
     factor_lr: float
     targets: Targets
+    base_with_alpha: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
             raise ValueError(f"rank={self.rank!r} must be a whole number, 0 or more: 0 trains everything densely")
-        is_number = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha > 0
-        if not (self.alpha is None or self.alpha == MATCHED or is_number):
+        is_positive = not isinstance(self.alpha, str) and _is_finite(self.alpha) and float(self.alpha or 0) > 0
+        if not (self.alpha is None or self.alpha == MATCHED or is_positive):
             raise ValueError(
                 f"alpha={self.alpha!r} must be a positive number (the scale is alpha / rank), or {MATCHED!r}"
             )
+        if is_positive and self.base_with_alpha:
+            raise ValueError(
+                f"alpha={self.alpha} is the scale's here, alpha / rank, and {self.base_with_alpha} has its own: "
+                f"bind that, base=functools.partial({self.base_with_alpha}, alpha={self.alpha}), after which alpha= "
+                "means the scale's"
+            )
         if not (_is_finite(self.factor_lr) and self.factor_lr >= 0):
             raise ValueError(f"factor_lr={self.factor_lr!r} must be 0 or more: it multiplies lr for the factors")
-        is_names = isinstance(self.targets, Sequence) and all(isinstance(name, str) for name in self.targets)
-        if not (self.targets is None or callable(self.targets) or is_names):
-            raise TypeError(f"targets={self.targets!r} must be a regular expression, a list of names or a predicate")
-        if isinstance(self.targets, type):
-            raise TypeError(f"targets={self.targets!r} is a class: name weights, or give a predicate (name, parameter)")
+        _check_targets(self.targets)
 
     @property
     def scale(self) -> float | str:
@@ -108,6 +128,7 @@ def default_targets(model: nn.Module) -> list[str]:
     >>> default_targets(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8)))
     ['1.weight']
     """
+    _check_module(model)
     heads = _output_heads(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     names = []
@@ -128,6 +149,8 @@ def target_names(model: nn.Module, targets: Targets = None) -> list[str]:
     Raises:
         ValueError: where a target matches no parameter of two or more dimensions.
     """
+    _check_module(model)
+    _check_targets(targets)
     if targets is None:
         return default_targets(model)
     chosen = _Choice(model, targets)
@@ -177,9 +200,9 @@ def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
     return resolved
 
 
-def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, num_before: int) -> list[ResolvedGroup]:
-    """Split a group that is added to an optimizer of `num_before` parameters; nothing in it need be selected."""
-    (raw,) = _raw_groups([group], first_number=num_before)
+def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, before: Sequence[str]) -> list[ResolvedGroup]:
+    """Split a group that is added to an optimizer of parameters with these names; nothing in it need be selected."""
+    (raw,) = _raw_groups([group], before)
     return list(_split(raw, low_rank, _Choice(None, low_rank.targets)))
 
 
@@ -273,8 +296,42 @@ def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: _Choi
     return True
 
 
-def _raw_groups(params: Params, *, first_number: int = 0) -> list[dict[str, Any]]:
-    """Return group dictionaries whose "params" are (name, parameter) pairs; parameters without a name are numbered."""
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give the module whose weights are to be named")
+
+
+def _check_targets(targets: object) -> None:
+    remedy = "give a regular expression, a list of names or a predicate (name, parameter)"
+    if isinstance(targets, type):
+        raise TypeError(f"targets={targets!r} is a class: {remedy}")
+    if isinstance(targets, (nn.Module, Tensor)):
+        raise TypeError(f"targets is a {type(targets).__name__}: {remedy}")
+    for name in targets if isinstance(targets, Sequence) else ():
+        if not isinstance(name, str):
+            raise TypeError(f"targets holds a {type(name).__name__}: {remedy}")
+    if not (targets is None or callable(targets) or isinstance(targets, Sequence)):
+        raise TypeError(f"targets={targets!r}: {remedy}")
+
+
+def _raw_groups(params: Params, before: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return group dictionaries whose "params" are (name, parameter) pairs; parameters without a name are numbered.
+
+    `before` holds the names that are taken, of as many parameters.
+    """
+    groups = _groups_of_pairs(params, count(len(before)))
+    names = [name for group in groups for name, _ in group["params"]]
+    if not names:
+        raise ValueError("params is empty: there is nothing to optimize")
+    name, times = Counter((*before, *names)).most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"{name} is the name of {times} parameters: each needs its own, by which its factors are drawn"
+        )
+    return groups
+
+
+def _groups_of_pairs(params: Params, numbers: Iterator[int]) -> list[dict[str, Any]]:
     if isinstance(params, nn.Module):
         parallel = parallel_paths(params)
         return [{"params": [(canonical_name(name, parallel), p) for name, p in params.named_parameters()]}]
@@ -283,10 +340,7 @@ def _raw_groups(params: Params, *, first_number: int = 0) -> list[dict[str, Any]
     if not isinstance(params, Iterable):
         raise TypeError(f"params={params!r}: pass a module, an iterable of parameters, or group dictionaries")
     items = list(params)
-    if not items:
-        raise ValueError("params is empty: there is nothing to optimize")
-    numbers = count(first_number)
-    if all(isinstance(item, Mapping) for item in items):
+    if items and all(isinstance(item, Mapping) for item in items):
         for item in items:
             if "params" not in item:
                 raise ValueError(f"a group has {sorted(item)} and no params: give it its parameters")
@@ -299,7 +353,14 @@ def _pairs(items: Any, numbers: Iterator[int]) -> list[tuple[str, Tensor]]:
     names: dict[int, str] = {}
     if isinstance(items, Set):
         raise TypeError("params is a set, which has no order: give a list")
+    if isinstance(items, nn.Module):
+        raise TypeError(f"a group's params is a {type(items).__name__}: give its parameters, module.named_parameters()")
+    if not isinstance(items, Iterable):
+        raise TypeError(f"a group's params={items!r}: give a list of parameters or (name, parameter) pairs")
     for item in [items] if isinstance(items, Tensor) else items:
+        if isinstance(item, tuple) and not (len(item) == 2 and isinstance(item[0], str)):
+            kinds = ", ".join(type(part).__name__ for part in item)
+            raise TypeError(f"params holds a tuple ({kinds}): parameters or (name, parameter) pairs go there")
         name, parameter = item if isinstance(item, tuple) else (None, item)
         if not isinstance(parameter, Tensor):
             raise TypeError(
@@ -328,7 +389,8 @@ def _check_selection(
             return
         raise ValueError(
             f"rank={low_rank.rank}, but parameters without their module tell no linear layer from an embedding: pass "
-            f"the model itself, or (name, parameter) pairs with targets=, or groups with their own rank; or {remedy}"
+            "the model itself (to transformers' Trainer (trainer_factory, options)), or (name, parameter) pairs with "
+            f"targets=, or groups with their own rank; or {remedy}"
         )
     largest = max((min(matrix_shape(p)) for group in raw for _, p in group["params"] if p.dim() >= 2), default=0)
     if largest <= low_rank.rank:
@@ -341,8 +403,8 @@ def _check_selection(
     )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_linear(module: nn.Module) -> bool:

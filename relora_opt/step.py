@@ -60,6 +60,7 @@ class FunctionalModel(nn.Module):
         super().__init__()
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
         self._places: list[_Place] = []
+        self._held: list[tuple[nn.Module, str, Tensor]] = []
         self._is_swapped = False
         self._synchronised: ReferenceType[DistributedDataParallel] | None = None
         known = {id(p) for p in optimizer.parameters()}
@@ -77,6 +78,7 @@ class FunctionalModel(nn.Module):
             _refuse_stale(ddp, self)
             self._synchronise(ddp)
         self.restore()
+        self.check_held()
         output = functional_call(model, weights, args, kwargs, tie_weights=False)
         if torch.is_grad_enabled():
             for tensor in _tensors(output, set()):
@@ -93,6 +95,8 @@ class FunctionalModel(nn.Module):
         """Register what the optimizer trains now; it calls this itself when that changes, at the switch say."""
         model = self._models[0]
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        parts = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+        self._held = [(module, name, p) for module, name, p in parts if p is not None and id(p) in groups]
         self._places = []
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, parameter in model.named_parameters():
@@ -107,6 +111,22 @@ class FunctionalModel(nn.Module):
                 self.rest[key] = parameter
         for name, buffer in model.named_buffers():
             self.register_buffer(_key(name), buffer)
+
+    def check_held(self) -> None:
+        """Refuse a model in which somebody has replaced a parameter: the old one would be trained, to no effect.
+
+        Raises:
+            RuntimeError: names the parameter.
+        """
+        for module, name, parameter in self._held:
+            current = module._parameters.get(name)
+            if current is not parameter and not isinstance(current, LowRankWeight):
+                paths = {id(each): f"{path}.{name}" for path, each in _unwrapped(self._models[0]).named_modules()}
+                raise RuntimeError(
+                    f"{paths.get(id(module), name).lstrip('.')} is no longer the parameter that the optimizer trains: "
+                    "let what replaces parameters (Accelerate's prepare, fully_shard, load_state_dict(assign=True)) "
+                    "come first, then the optimizer, then functional() or make_step()"
+                )
 
     def restore(self) -> None:
         """Give the model its own weights back, if a backward pass has left them swapped."""
@@ -142,6 +162,10 @@ class FunctionalModel(nn.Module):
         raise TypeError(
             "a functional model cannot be moved or cast: move the model itself, before its optimizer is made"
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: factors without their weights mean nothing."""
+        raise TypeError("a functional model has no state of its own: save the model itself, and optimizer.state_dict()")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: factors without their weights mean nothing."""
@@ -188,6 +212,11 @@ class Step:
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate={accumulate!r} must be a whole number of micro-batches, 1 or more")
+        for name, value in {"compile": compile, "skip_nonfinite": skip_nonfinite, "has_aux": has_aux}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
+        if not (process_group is None or isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(f"process_group={process_group!r} is no process group: torch.distributed.group.WORLD, say")
         _check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
@@ -204,11 +233,13 @@ class Step:
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
         self._forward: Callable[..., Any] = self._functional
         if compile:
-            self._forward = torch.compile(self._functional, fullgraph=True)
+            self._forward = _compiled(self._functional)
         self._losses_are_finite = True
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
+        if self._is_compiled:
+            self._functional.check_held()
         with torch.enable_grad():
             loss, aux = _split(self._forward(*batch, **kwargs), has_aux=self.has_aux)
             if self._is_compiled:
@@ -266,7 +297,27 @@ class _WithBackward(nn.Module):
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
+def _compiled(module: nn.Module) -> Callable[..., Any]:
+    compiled = torch.compile(module, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise RuntimeError(
+                f"make_step cannot compile this model and loss_fn ({reason}): say compile=False"
+            ) from error
+
+    return call
+
+
 def _backward(loss: Tensor, accumulate: int) -> None:
+    if not loss.requires_grad:
+        raise TypeError(
+            f"loss_fn gave a loss of {loss.dtype} that has no gradient: compute it in floating point from the model "
+            "that loss_fn is given, and do not detach it"
+        )
     (loss / accumulate).backward()  # type: ignore[no-untyped-call]
 
 
@@ -288,10 +339,11 @@ def _check_module(model: object) -> None:
 
 def _check_model(model: nn.Module, known: set[int]) -> None:
     _check_module(model)
+    if any(isinstance(module, FunctionalModel) for module in model.modules()):
+        raise TypeError("this is a functional model already: pass the model itself, which it was made of")
     parameters = dict(model.named_parameters())
     if not known & {id(p) for p in parameters.values()}:
-        while isinstance(model, (_Loss, _WithBackward)):  # what a Step wraps around the caller's
-            model = model.model if isinstance(model, _Loss) else model.loss
+        model = _unwrapped(model)
         raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
     sharded = [name for name, p in parameters.items() if is_sharded(p)]
     if sharded:
@@ -305,6 +357,13 @@ def _check_model(model: nn.Module, known: set[int]) -> None:
             f"the model is wrapped in {parallel[0]}, which would not reduce the factors' gradients: wrap "
             "optimizer.functional(model) in it instead"
         )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the caller's model, around which a Step puts modules of its own."""
+    while isinstance(model, (_Loss, _WithBackward)):
+        model = model.model if isinstance(model, _Loss) else model.loss
+    return model
 
 
 def _places(model: nn.Module, W: Tensor, key: str, scale: float) -> Iterator[_Place]:

@@ -28,7 +28,12 @@ def trainer_factory() -> Callable[..., ReLoRAOptimizer]:
     return _build
 
 
-def _build(model: nn.Module, **options: Any) -> ReLoRAOptimizer:
+def _build(model: nn.Module | None = None, **options: Any) -> ReLoRAOptimizer:
+    if not isinstance(model, nn.Module):  # the Trainer calls what it is given, and then calls that with the model
+        raise TypeError(
+            f"trainer_factory() was called with model={model!r}: say "
+            "optimizer_cls_and_kwargs=(trainer_factory, {...}), without the brackets after trainer_factory"
+        )
     if "lr" not in options:
         raise TypeError(
             "optimizer_cls_and_kwargs without lr: transformers' Trainer does not hand its learning_rate over; say "

@@ -118,6 +118,69 @@ def test_global_step_hooks_fire_once_an_update() -> None:
     assert len(calls) == 7
 
 
+class Experts(nn.Module):
+    """Stacked matrices, as mixtures of experts hold them, beside a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.experts = nn.Parameter(torch.randn(2, 6, 5))
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(torch.einsum("bi,eio->beo", self.conv(x).mean((-1, -2)), self.experts))
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "warm_start", "words"),
+    [
+        (FACTORY, ["experts"], 0, r"experts \(2, 6, 5\) is no matrix, and MuonBesideAdamW .*: leave it out of targets"),
+        (FACTORY, ["conv"], 3, r"conv\.weight \(6, 3, 3, 3\) is no matrix, .* takes nothing else: leave it out of"),
+        (Muon, ["conv"], 0, r"experts \(2, 6, 5\) is no matrix, and Muon takes nothing else: muon_beside_adamw\(\)"),
+        (
+            Muon,
+            ["experts"],
+            0,
+            r"experts \(2, 6, 5\) is no matrix, and Muon takes nothing else: leave it out of targets",
+        ),
+    ],
+)
+def test_what_is_no_matrix_is_refused_by_name(base: Any, targets: list[str], warm_start: int, words: str) -> None:
+    schedule = jagged_schedule(4, 2, warm_start)
+    with pytest.raises(ValueError, match=words):
+        ReLoRAOptimizer(Experts(), base, rank=2, targets=targets, schedule=schedule, lr=0.02)
+
+
+def test_muon_over_a_whole_model_names_what_it_does_not_take() -> None:
+    with pytest.raises(
+        ValueError, match=r"stem\.bias \(7,\) is no matrix, and Muon takes nothing else: muon_beside_ad"
+    ):
+        ReLoRAOptimizer(mlp(), Muon, rank=2, lr=0.02)
+
+
+def test_an_added_weight_that_is_no_matrix_is_refused_by_name() -> None:
+    optimizer = low_rank(mlp(), schedule=jagged_schedule(4, 2, 2))
+    conv = nn.Conv2d(3, 6, 3).weight
+    with pytest.raises(
+        ValueError, match=r"conv\.first\.weight \(6, 3, 3, 3\) is no matrix, .*: leave it out of targets"
+    ):
+        optimizer.add_param_group({"params": [("conv.first.weight", conv)], "rank": 2})
+
+
+@pytest.mark.parametrize("path", ["dense", "functional"])
+def test_without_a_warm_start_muon_trains_the_factors_of_convolutions(path: str) -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    optimizer = ReLoRAOptimizer(model, FACTORY, rank=2, targets=["conv"], schedule=jagged_schedule(2, 1, 0), lr=0.02)
+    before = model.conv.weight.detach().clone()
+    step = stepper(path, optimizer, model, lambda model, x: model(x).square().mean())
+    for _ in range(3):
+        step(torch.randn(4, 3, 5, 5))
+    assert optimizer.state[model.conv.weight]["A_state"].keys() == {"momentum_buffer"}
+    assert not torch.equal(before, model.conv.weight)
+    assert optimizer.num_restarts == 1
+
+
 def test_a_group_of_muons_that_is_no_matrix_is_refused_in_its_words() -> None:
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
         FACTORY([{"params": [mlp().norm.weight], "is_matrices": True}], lr=0.1)

@@ -155,6 +155,17 @@ def test_taking_the_state_before_the_first_update_changes_nothing(case: str, pat
     assert not differences(run(path, taken, 0, 6), run(path, untouched, 0, 6))
 
 
+@pytest.mark.parametrize("num_updates", [0, 2, 9], ids="after {}".format)
+@pytest.mark.parametrize("case", ["AdamW", "magnitude", "gradient", "cleared by a reset"])
+def test_the_phantom_step_does_not_touch_torchs_random_state(case: str, num_updates: int) -> None:
+    made = build(case, torch.bfloat16)
+    made[1].set_clock(num_updates=num_updates, num_restarts=num_updates // 8, last_restart=num_updates // 8 * 7)
+    before = torch.get_rng_state()
+    get_optimizer_state_dict(*made)
+    assert made[1].state
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_copy_knows_what_set_clock_said() -> None:
     made = build("AdamW", torch.float32)
     made[1].set_clock(num_updates=9, num_restarts=1, last_restart=7, fresh=["first.weight"])

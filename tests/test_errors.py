@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,9 +10,24 @@ import torch
 from models import MLP, batch, mlp, mse, relora
 from torch import nn
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, save_merged, target_names, wsd
+from relora_opt import (
+    JaggedSchedule,
+    ReLoRAOptimizer,
+    constant,
+    cosine,
+    default_targets,
+    linear,
+    memory,
+    muon_beside_adamw,
+    prune,
+    save_merged,
+    target_names,
+    trainer_factory,
+    wsd,
+)
 
 AdamW = torch.optim.AdamW
+HERE = Path(__file__).parent
 WEIGHT = nn.Parameter(torch.ones(3, 4))
 
 
@@ -63,6 +79,36 @@ def stepped_with_loss(loss_fn: Callable[..., Any], **options: Any) -> None:
     relora(model).make_step(model, loss_fn, compile=False, **options)(*batch(0))
 
 
+def functional(model: nn.Module) -> nn.Module:
+    return relora(model).functional(model)
+
+
+def functional_twice(*, steps: bool = False) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    f = optimizer.functional(model)
+    if steps:
+        optimizer.make_step(f, mse)
+    else:
+        optimizer.functional(f)
+
+
+def loss_of_x(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def replaced_parameter(make: Callable[[ReLoRAOptimizer, nn.Module], Any], warm_start: int = 0) -> None:
+    """Accelerate and FSDP replace parameters, say."""
+    model = mlp()
+    call = make(relora(model, schedule=JaggedSchedule(5, warm_start=warm_start)), model)
+    model.first.weight = nn.Parameter(model.first.weight.detach().clone())
+    call(batch(0)[0])
+
+
+def clock_with(**changes: Any) -> None:
+    relora(mlp()).set_clock(**{"num_updates": 9, "num_restarts": 1, "last_restart": 5, **changes})
+
+
 def scaled_factor_gradients() -> None:
     model = mlp()
     optimizer = relora(model)
@@ -89,6 +135,26 @@ MISTAKES = {
     "a group's alpha": Mistake(
         lambda: low_rank([{"params": [mlp().first.weight], "rank": 2, "alpha": -1}]), ValueError, "alpha=-1", "positive"
     ),
+    "alpha as a truth": Mistake(lambda: low_rank(alpha=True), ValueError, "alpha=True", "a positive number"),
+    "RMSprop's alpha": Mistake(
+        lambda: low_rank(base=torch.optim.RMSprop, rank=0, alpha=0.9),
+        ValueError,
+        "alpha=0.9",
+        "functools.partial(torch.optim.RMSprop, alpha=0.9)",
+    ),
+    "ASGD's alpha in a group": Mistake(
+        lambda: low_rank([{"params": [mlp().first.weight], "rank": 2, "alpha": 4}], torch.optim.ASGD),
+        ValueError,
+        "alpha=4",
+        "functools.partial(torch.optim.ASGD, alpha=4)",
+    ),
+    "ASGD's alpha in an added group": Mistake(
+        lambda: low_rank(base=torch.optim.ASGD).add_param_group({"params": [WEIGHT], "alpha": 0.5}),
+        ValueError,
+        "alpha=0.5",
+        "functools.partial(torch.optim.ASGD, alpha=0.5)",
+    ),
+    "factor_lr as a truth": Mistake(lambda: low_rank(factor_lr=True), ValueError, "factor_lr=True", "multiplies lr"),
     "factor_lr negative": Mistake(lambda: low_rank(factor_lr=-1.0), ValueError, "factor_lr=-1.0", "0 or more"),
     "factor_lr infinite": Mistake(lambda: low_rank(factor_lr=math.inf), ValueError, "factor_lr=inf", "multiplies lr"),
     "factor_lr in words": Mistake(
@@ -96,10 +162,35 @@ MISTAKES = {
     ),
     "lr infinite": Mistake(lambda: low_rank(lr=math.inf), ValueError, "lr=inf", "must be a finite number"),
     "max_grad_norm 0": Mistake(lambda: low_rank(max_grad_norm=0.0), ValueError, "max_grad_norm=0.0", "None leaves"),
+    "max_grad_norm as a truth": Mistake(
+        lambda: low_rank(max_grad_norm=True), ValueError, "max_grad_norm=True", "a positive number"
+    ),
     "max_grad_norm nan": Mistake(lambda: low_rank(max_grad_norm=math.nan), ValueError, "max_grad_norm=nan", "positive"),
     "max_grad_norm in words": Mistake(lambda: low_rank(max_grad_norm="1"), ValueError, "max_grad_norm='1'", "positive"),
     "lr in words": Mistake(lambda: low_rank(lr="0.1"), TypeError, "lr='0.1'", "must be a number"),
     "lr None": Mistake(lambda: low_rank(lr=None), TypeError, "lr=None", "must be a number"),
+    "a group's lr in words": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": "a"}]), TypeError, "lr='a'", "must be a number"
+    ),
+    "a group's lr None": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": None}]), TypeError, "lr=None", "must be a number"
+    ),
+    "a group's lr of many numbers": Mistake(
+        lambda: low_rank([{"params": [WEIGHT], "rank": 2, "lr": torch.ones(3)}]), TypeError, "(3,)", "a tensor of one"
+    ),
+    "restart_every without its schedule": Mistake(
+        lambda: low_rank(restart_every=100), TypeError, "restart_every=100", "schedule=JaggedSchedule(restart_every="
+    ),
+    "restart_warmup without its schedule": Mistake(
+        lambda: low_rank(restart_warmup=9), TypeError, "restart_warmup=9", "schedule=JaggedSchedule(1000, restart_war"
+    ),
+    "warm_start without its schedule": Mistake(
+        lambda: low_rank(warm_start=9), TypeError, "warm_start=9", "schedule=JaggedSchedule(1000, warm_start="
+    ),
+    "a scheduler's warm-up": Mistake(
+        lambda: low_rank(num_warmup_steps=9), TypeError, "num_warmup_steps=9", "outer=cosine(20_000, warmup="
+    ),
+    "PEFT's name": Mistake(lambda: low_rank(lora_alpha=9), TypeError, "lora_alpha=9", "here it is alpha="),
     "seed half": Mistake(lambda: low_rank(seed=0.5), TypeError, "seed=0.5", "a whole number"),
     # what is selected
     "targets unmatched": Mistake(lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "there are stem.weight"),
@@ -107,6 +198,17 @@ MISTAKES = {
         lambda: low_rank(targets="first("), ValueError, "targets='first('", "regular expression"
     ),
     "targets a number": Mistake(lambda: low_rank(targets=5), TypeError, "targets=5", "names"),
+    "targets of parameters": Mistake(
+        lambda: low_rank(targets=[WEIGHT]), TypeError, "targets holds a Parameter: ", "a list of names"
+    ),
+    "targets a parameter": Mistake(lambda: low_rank(targets=WEIGHT), TypeError, "a Parameter: ", "a list of names"),
+    "targets a module": Mistake(lambda: low_rank(targets=mlp().first), TypeError, "a Linear", "a list of names"),
+    "targets a class": Mistake(lambda: low_rank(targets=nn.Linear), TypeError, "Linear'> is a class", "a list of"),
+    "target_names of nothing": Mistake(lambda: target_names(None), TypeError, "a NoneType", "give the module"),
+    "target_names of a number": Mistake(lambda: target_names(mlp(), 5), TypeError, "targets=5", "a list of names"),
+    "default_targets of an optimizer": Mistake(
+        lambda: default_targets(used()), TypeError, "a ReLoRAOptimizer", "give the module"
+    ),
     "target_names unmatched": Mistake(lambda: target_names(mlp(), "zzz"), ValueError, "'zzz'", "there are stem.weight"),
     "targets match nothing": Mistake(
         lambda: low_rank(targets=lambda name, p: False), ValueError, "rank=2", "name some with targets="
@@ -121,6 +223,21 @@ MISTAKES = {
     "a number": Mistake(lambda: low_rank(5), TypeError, "params=5", "pass a module"),
     "names for parameters": Mistake(lambda: low_rank(["first"]), TypeError, "a str", "parameters or (name, parameter)"),
     "names twice": Mistake(lambda: low_rank([("a", "b")]), TypeError, "a str", "parameters or (name, parameter)"),
+    "pairs the wrong way": Mistake(lambda: low_rank([(1, WEIGHT)]), TypeError, "(int, Parameter)", "(name, parameter)"),
+    "triples": Mistake(
+        lambda: low_rank([("a", WEIGHT, 3)]), TypeError, "(str, Parameter, int)", "(name, parameter) pairs"
+    ),
+    "parameters None": Mistake(lambda: low_rank([{"params": None}]), TypeError, "params=None", "give a list"),
+    "a group with a module": Mistake(
+        lambda: low_rank([{"params": mlp()}]), TypeError, "params is a MLP", "module.named_parameters()"
+    ),
+    "groups of nothing": Mistake(lambda: low_rank([{"params": []}]), ValueError, "params is empty", "nothing to"),
+    "one name twice": Mistake(
+        lambda: low_rank([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 4)))], targets=["a"]),
+        ValueError,
+        "a is the name of 2 parameters",
+        "each needs its own",
+    ),
     "a set": Mistake(lambda: low_rank([{"params": set(mlp().parameters())}]), TypeError, "a set", "give a list"),
     "a parameter twice": Mistake(
         lambda: low_rank([("a", WEIGHT), ("b", WEIGHT)], targets=["a"]), ValueError, "a and b", "give it once"
@@ -137,11 +254,21 @@ MISTAKES = {
         lambda: used().add_param_group({"rank": 2}), ValueError, "['rank']", "give it its parameters"
     ),
     "added, rank too large": Mistake(
-        lambda: used().add_param_group({"params": [("first.weight", WEIGHT)], "rank": 3}),
+        lambda: used().add_param_group({"params": [("other.first.weight", WEIGHT)], "rank": 3}),
         ValueError,
         "rank=3",
         "lower rank",
     ),
+    "added, a name that is taken": Mistake(
+        lambda: used().add_param_group({"params": [("first.weight", WEIGHT)]}),
+        ValueError,
+        "first.weight is the name of 2",
+        "each needs its own",
+    ),
+    "added, a module": Mistake(
+        lambda: used().add_param_group({"params": nn.Linear(4, 4)}), TypeError, "a Linear", "named_parameters()"
+    ),
+    "added, nothing": Mistake(lambda: used().add_param_group({"params": []}), ValueError, "params is empty", "nothing"),
     "added, rate": Mistake(
         lambda: used().add_param_group({"params": [WEIGHT], "rank": 0, "lr": math.nan}), ValueError, "lr=nan", "finite"
     ),
@@ -149,6 +276,9 @@ MISTAKES = {
     "base by name": Mistake(lambda: low_rank(base="adamw"), TypeError, "base='adamw'", "torch.optim.AdamW, say"),
     "base an instance": Mistake(
         lambda: low_rank(base=AdamW(mlp().parameters())), TypeError, "instance of AdamW", "pass the class itself"
+    ),
+    "base not called": Mistake(
+        lambda: low_rank(base=muon_beside_adamw), TypeError, "base=muon_beside_adamw", "call it, if it makes a base"
     ),
     "differentiable": Mistake(
         lambda: low_rank(differentiable=True), ValueError, "differentiable=True", "not supported"
@@ -169,22 +299,43 @@ MISTAKES = {
     "prune by name": Mistake(lambda: low_rank(prune="reset"), TypeError, "prune='reset'", "prune.reset(), say"),
     "schedule a function": Mistake(lambda: low_rank(schedule=constant()), TypeError, "schedule=", "JaggedSchedule"),
     "prune share": Mistake(lambda: prune.magnitude(1.5), ValueError, "magnitude(1.5)", "between 0 and 1"),
+    "prune share in words": Mistake(lambda: prune.magnitude("0.9"), ValueError, "magnitude('0.9')", "a number between"),
+    "prune share None": Mistake(lambda: prune.random(None), ValueError, "random(None)", "a number between 0 and 1"),
+    "prune share as a truth": Mistake(lambda: prune.magnitude(True), ValueError, "magnitude(True)", "a number between"),
     "prune nan": Mistake(lambda: prune.random(math.nan), ValueError, "random(nan)", "between 0 and 1"),
     "restart_every": Mistake(lambda: JaggedSchedule(-1), ValueError, "restart_every=-1", "0 or more"),
     "restart_warmup": Mistake(lambda: JaggedSchedule(5, 1.5), ValueError, "restart_warmup=1.5", "a whole number"),
     "warm_start": Mistake(lambda: JaggedSchedule(5, warm_start=-2), ValueError, "warm_start=-2", "0 or more"),
     "ramp": Mistake(lambda: JaggedSchedule(5, 6), ValueError, "restart_warmup=6", "shorten the ramp"),
     "outer": Mistake(lambda: JaggedSchedule(5, outer=0.5), TypeError, "outer=0.5", "cosine(20_000), say"),
+    "outer not called": Mistake(
+        lambda: JaggedSchedule(5, outer=cosine), TypeError, "outer=<function", "cosine(20_000)"
+    ),
+    "outer of words": Mistake(lambda: JaggedSchedule(5, outer=str), TypeError, "gave a str for update 1", "cosine("),
+    "outer nan at first": Mistake(
+        lambda: JaggedSchedule(5, outer=lambda u: math.nan), ValueError, "multiplier nan around update 1", "finite"
+    ),
     "outer nan": Mistake(
-        lambda: JaggedSchedule(5, outer=lambda u: math.nan)(7), ValueError, "multiplier nan around update 7", "finite"
+        lambda: JaggedSchedule(5, outer=lambda u: math.nan if u == 7 else 1)(7),
+        ValueError,
+        "multiplier nan around update 7",
+        "finite",
     ),
     "outer negative": Mistake(
-        lambda: JaggedSchedule(5, outer=lambda u: -1)(7), ValueError, "multiplier -1", "0 or more"
+        lambda: JaggedSchedule(5, outer=lambda u: 1 - u)(7), ValueError, "multiplier -6", "0 or more"
     ),
     "cosine length": Mistake(lambda: cosine(0), ValueError, "num_updates=0", "the length of the whole run"),
     "linear warmup": Mistake(lambda: linear(10, warmup=11), ValueError, "warmup=11", "between 0 and num_updates=10"),
     "min_ratio": Mistake(lambda: cosine(10, min_ratio=2), ValueError, "min_ratio=2", "a share of the peak rate"),
     "constant warmup": Mistake(lambda: constant(-1), ValueError, "warmup=-1", "0 means no warm-up"),
+    "cosine length in words": Mistake(
+        lambda: cosine("100"), ValueError, "num_updates='100'", "length of the whole run"
+    ),
+    "cosine length nan": Mistake(lambda: cosine(math.nan), ValueError, "num_updates=nan", "a number, at least 1"),
+    "cosine warmup None": Mistake(lambda: cosine(100, warmup=None), ValueError, "warmup=None", "a number of updates"),
+    "constant in words": Mistake(lambda: constant("5"), ValueError, "warmup='5'", "0 means no warm-up"),
+    "min_ratio None": Mistake(lambda: linear(10, min_ratio=None), ValueError, "min_ratio=None", "of the peak rate"),
+    "wsd decay in words": Mistake(lambda: wsd(100, decay="a"), ValueError, "decay='a'", "share of updates that decays"),
     "wsd decay": Mistake(lambda: wsd(10, decay=0.0), ValueError, "decay=0.0", "above 0 and at most at 1"),
     # the optimizer in use
     "restart at rank 0": Mistake(lambda: low_rank(rank=0).restart(), ValueError, "ranks [0]", "no weight is low-rank"),
@@ -217,9 +368,32 @@ MISTAKES = {
         "['third.weight']",
         "construct it alike",
     ),
+    "clock fresh a number": Mistake(lambda: clock_with(fresh=3), TypeError, "fresh=3", "a list of names"),
+    "clock fresh one name": Mistake(
+        lambda: clock_with(fresh="first.weight"), TypeError, "fresh='first.weight'", "a list of names"
+    ),
+    "clock fresh numbers": Mistake(lambda: clock_with(fresh=[3, "a"]), TypeError, "fresh=[3, 'a']", "a list of names"),
     "closure no function": Mistake(lambda: relora(mlp()).step(5), TypeError, "closure=5", "must be callable"),
     "state no dictionary": Mistake(
         lambda: relora(mlp()).load_state_dict(None), TypeError, "a NoneType", "must be what"
+    ),
+    "state of nothing": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "state": None}),
+        TypeError,
+        "state is a NoneType",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "state with groups of numbers": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "param_groups": [3, 4]}),
+        TypeError,
+        "param_groups holds a int",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "state with a number for groups": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "param_groups": 3}),
+        TypeError,
+        "param_groups holds a int",
+        "must be what optimizer.state_dict() gave",
     ),
     "another optimizer's state": Mistake(
         lambda: relora(mlp()).load_state_dict(AdamW(mlp().parameters()).state_dict()),
@@ -253,12 +427,75 @@ MISTAKES = {
         "has no factors",
         "restore the clock first (set_clock)",
     ),
+    "memory of a model": Mistake(lambda: memory(mlp()), TypeError, "memory of a MLP", "give the ReLoRAOptimizer"),
+    "trainer_factory called": Mistake(
+        lambda: trainer_factory()(), TypeError, "model=None", "without the brackets after trainer_factory"
+    ),
+    "the class for the Trainer": Mistake(
+        lambda: ReLoRAOptimizer([{"params": list(mlp().parameters())}], lr=0.1, rank=2),
+        ValueError,
+        "rank=2",
+        "(trainer_factory, options)",
+    ),
     # the functional path
     "a stranger's model": Mistake(
         lambda: relora(mlp()).functional(nn.Linear(2, 2)), ValueError, "Linear", "pass the model it trains"
     ),
     "no model": Mistake(lambda: relora(mlp()).functional(None), TypeError, "model=None", "must be the nn.Module"),
     "no model to step": Mistake(lambda: relora(mlp()).make_step(None, mse), TypeError, "model=None", "the nn.Module"),
+    "LBFGS in make_step": Mistake(
+        lambda: low_rank(base=torch.optim.LBFGS, rank=0).make_step(mlp(), mse), ValueError, "LBFGS", "step(closure)"
+    ),
+    "compile in words": Mistake(
+        lambda: relora(mlp()).make_step(mlp(), mse, compile="yes"), TypeError, "compile='yes'", "True or False"
+    ),
+    "skip_nonfinite in words": Mistake(
+        lambda: stepped_with_loss(mse, skip_nonfinite="x"), TypeError, "skip_nonfinite='x'", "True or False"
+    ),
+    "has_aux a number": Mistake(lambda: stepped_with_loss(mse, has_aux=1), TypeError, "has_aux=1", "True or False"),
+    "process_group by name": Mistake(
+        lambda: stepped_with_loss(mse, process_group="gloo"), TypeError, "process_group='gloo'", "group.WORLD"
+    ),
+    "loss detached": Mistake(
+        lambda: stepped_with_loss(lambda *args: mse(*args).detach()), TypeError, "torch.float32", "do not detach it"
+    ),
+    "loss of integers": Mistake(
+        lambda: stepped_with_loss(lambda *args: mse(*args).long()), TypeError, "torch.int64", "in floating point"
+    ),
+    "functional twice": Mistake(functional_twice, TypeError, "functional model already", "pass the model itself"),
+    "a step of a functional model": Mistake(
+        lambda: functional_twice(steps=True), TypeError, "functional model already", "pass the model itself"
+    ),
+    "a functional model saved": Mistake(
+        lambda: save_merged(functional(mlp()), "x"), TypeError, "no state of its own", "save the model itself"
+    ),
+    "a functional model's state": Mistake(
+        lambda: functional(mlp()).state_dict(), TypeError, "no state of its own", "save the model itself"
+    ),
+    "a parameter replaced": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.functional(model)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in a step": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.make_step(model, loss_of_x, compile=False)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in a compiled step": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.make_step(model, loss_of_x)),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
+    "a parameter replaced in the warm start": Mistake(
+        lambda: replaced_parameter(lambda optimizer, model: optimizer.functional(model), warm_start=3),
+        RuntimeError,
+        "first.weight is no longer",
+        "come first, then the optimizer",
+    ),
     "accumulate 0": Mistake(lambda: stepped_with_loss(mse, accumulate=0), ValueError, "accumulate=0", "1 or more"),
     "loss_fn no function": Mistake(lambda: stepped_with_loss(3), TypeError, "loss_fn=3", "must be callable"),
     "loss no scalar": Mistake(
@@ -271,6 +508,16 @@ MISTAKES = {
     # the export
     "max_shard_size": Mistake(
         lambda: save_merged(mlp(), "x", max_shard_size="5TB"), ValueError, "max_shard_size='5TB'", "'5GB', '200MB'"
+    ),
+    "max_shard_size as a truth": Mistake(
+        lambda: save_merged(mlp(), "x", max_shard_size=True), ValueError, "max_shard_size=True", "'5GB', '200MB'"
+    ),
+    "path None": Mistake(lambda: save_merged(mlp(), None), TypeError, "path=None", "'model.safetensors', say"),
+    "path a folder": Mistake(
+        lambda: save_merged(mlp(), HERE), IsADirectoryError, f"path={HERE}", "model.safetensors say"
+    ),
+    "a model without values": Mistake(
+        lambda: save_merged(mlp().to("meta"), "x"), ValueError, "stem.weight is on the meta device", "assign=True"
     ),
     "path": Mistake(lambda: save_merged(mlp(), "nowhere/x"), FileNotFoundError, "path=nowhere/x", "no folder nowhere"),
     "nothing to save": Mistake(lambda: save_merged(nn.ReLU(), "x"), ValueError, "ReLU", "no parameters or buffers"),
@@ -293,6 +540,15 @@ def test_a_mistake_is_one_sentence_with_the_value_and_the_remedy(name: str) -> N
 
 def test_the_table_is_long_enough() -> None:
     assert len(MISTAKES) >= 20
+
+
+def test_a_step_inside_the_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = used()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a CUDA graph: .* counted in Python.*; capture forward and backward alone"):
+        optimizer.step()
+    assert optimizer.num_updates == 1
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,13 +29,14 @@ SAYS = {  # what is printed at the end
     "fsdp2": r"^1 restarts, A \(Replicate\(\),\).*\n3 restarts, A \(Replicate\(\),\), loss=\S+\n$",
     "functional_loop": r"60 updates, 3 restarts, loss 0\.\d+\n$",
     "gradscaler": r"6\d updates of 70, 3 restarts, loss 0\.[01]\d+\n$",
+    "step_processes": r"rank \d: 2 restarts, loss 0\.0\d+\n$",
     "hf_trainer": r"'epoch': '?3",
     "hf_trainer_functional": r"11 restarts; dense gradient: None\n$",
-    "muon_beside_adamw": r"update 100: loss 0\.[01]\d+, restarts 4\n$",
+    "muon_beside_adamw": r"update 100: loss 0\.0\d+, restarts 4\n$",
     "plain_loop": r"60 updates, 2 restarts\n$",
     "with_bitsandbytes": r"2 restarts, loss 0\.0\d+, \d+ bytes",
-    "with_accelerate": r"60 updates, 2 restarts, loss 0\.[12]\d+\n$",
-    "with_lightning": r"60 updates, 2 restarts",
+    "with_accelerate": r"^1 processes, 60 updates, 2 restarts, loss 0\.[12]\d+\n$",
+    "with_lightning": r"60 updates, 2 restarts, loss 0\.\d+\n$",
 }
 
 
@@ -48,10 +51,10 @@ def ids(path: Path) -> str:
     return path.stem
 
 
-def printed(path: Path) -> str:
+def printed(path: Path, *arguments: str) -> str:
     """Run an example in this process, and return what it prints."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), mock.patch.object(sys, "argv", [str(path), *arguments]):
         runpy.run_path(str(path), run_name="__main__")
     return out.getvalue()
 
@@ -61,6 +64,14 @@ def printed_within_a_group(rank: int, path: Path) -> str:
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")
     with mock.patch("torch.distributed.init_process_group"), mock.patch("torch.distributed.destroy_process_group"):
         return printed(path)
+
+
+def printed_by_accelerate(rank: int) -> str:
+    reset_accelerate()
+    with mock.patch.dict("os.environ", ACCELERATE_USE_CPU="1"):
+        said = printed_within_a_group(rank, EXAMPLES[0].parent / "with_accelerate.py")
+    reset_accelerate()
+    return said
 
 
 def test_every_example_is_named_here_and_has_at_most_forty_lines() -> None:
@@ -92,6 +103,41 @@ def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_distributed_example_runs_on_two_ranks(ranks: Ranks, path: Path) -> None:
     for said in ranks.run(printed_within_a_group, path):
         assert re.search(SAYS[path.stem], said), said
+
+
+def test_the_accelerate_example_runs_on_two_ranks(ranks: Ranks) -> None:
+    first, second = ranks.run(printed_by_accelerate)
+    assert re.search(r"^2 processes, 30 updates, 1 restarts, loss 0\.[12]\d+\n$", first), first
+    assert not second
+
+
+@pytest.mark.slow
+def test_accelerate_starts_two_processes_by_the_command_that_the_example_names(tmp_path: Path) -> None:
+    path = EXAMPLES[0].parent / "with_accelerate.py"
+    command = "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 "
+    assert f"\n{command}examples/with_accelerate.py\n" in path.read_text(encoding="utf-8")
+    assert command.strip() in (path.parent / "README.md").read_text(encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [*torchrun, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("2 processes, 30 updates, 1 restarts"), done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # as above
+def test_a_second_run_of_the_trainer_goes_on_from_its_folder(tmp_path: Path) -> None:
+    path = EXAMPLES[0].parent / "hf_trainer.py"
+    logs = []
+    for _ in range(2):
+        reset_accelerate()
+        said = printed(path, str(tmp_path))
+        logs.append(re.findall(r"'loss': '?([\d.e-]+).*?'epoch': '?([\d.]+)", said))
+        for name in ("checkpoint-240", "checkpoint-200"):  # as if the first run had been cut off
+            shutil.rmtree(tmp_path / name)
+    reset_accelerate()
+    assert [len(log) for log in logs] == [12, 4]  # logged every 20 updates: the second run begins after 160
+    assert logs[1] == logs[0][8:]
 
 
 @pytest.mark.slow

@@ -331,6 +331,35 @@ def test_a_weight_that_is_changed_in_place_with_gradients_enabled_is_refused(cha
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, x: torch.vmap(f)(x),
+        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f, x: torch.func.jacrev(f)(x[0]),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    ],
+    ids=["vmap", "grad", "jacrev", "jvp"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_the_transforms_of_torch_func_raise(transformed: Any) -> None:
+    model = mlp()
+    with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):
+        transformed(relora(model).functional(model), batch(0)[0])
+
+
+@pytest.mark.parametrize("forgets", ["functional", "optimizer"])
+def test_a_gradient_that_is_not_to_be_stepped_on_can_be_forgotten(forgets: str) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    f = optimizer.functional(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    mse(f, *batch(0)).backward()
+    (f if forgets == "functional" else optimizer).zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("path", ["dense", "functional"])
 def test_zeroing_the_models_gradients_is_enough_between_updates(path: str) -> None:
     """transformers' Trainer does that; the model does not know the factors."""

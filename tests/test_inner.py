@@ -108,6 +108,16 @@ def test_a_factory_that_regroups_is_refused(factory: Callable[..., torch.optim.O
         ReLoRAOptimizer(mlp(), factory, rank=2)
 
 
+class Waitless(SGD):
+    """Steps without asking for the value of its rate."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad * group["lr"])
+
+
 @pytest.mark.parametrize("lr", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("base", [AdamW, SGD, torch.optim.Adagrad])
 def test_a_rate_that_is_not_finite_is_refused(base: type[torch.optim.Optimizer], lr: float) -> None:
@@ -197,6 +207,33 @@ def test_a_rate_may_be_a_tensor_and_stays_one() -> None:
     assert float(rate) == 0.125
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     assert optimizer.last_lr() == [0.125, 0.125]
+
+
+class Watched(torch.Tensor):
+    """A tensor that counts how often somebody waits for its value."""
+
+    waits = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__float__, torch.Tensor.item, torch.Tensor.__bool__):
+            cls.waits += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_rate_that_is_a_tensor_is_waited_for_by_last_lr_alone() -> None:
+    model = mlp()
+    rate = torch.tensor(0.125).as_subclass(Watched)
+    schedule = JaggedSchedule(3, restart_warmup=2)
+    optimizer = ReLoRAOptimizer(model, Waitless, rank=2, lr=rate, schedule=schedule)
+    step = stepper("dense", optimizer, model)
+    for u in range(3):
+        step(*batch(u))
+    Watched.waits = 0
+    step(*batch(3))
+    assert Watched.waits == 0
+    assert optimizer.last_lr() == [0.0625, 0.0625]
+    assert Watched.waits == 2
 
 
 # ---- the contract of an Optimizer

@@ -40,6 +40,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+def test_what_torch_cannot_trace_is_refused_with_the_remedy() -> None:
+    model = nn.LSTM(5, 6)
+    step = relora(model, targets=["weight_ih_l0"]).make_step(model, lambda model, x: model(x)[0].square().mean())
+    with pytest.raises(
+        RuntimeError, match=r"make_step cannot compile this model and loss_fn \(.*say compile=False"
+    ) as e:
+        step(torch.ones(2, 3, 5))
+    assert isinstance(e.value.__cause__, torch._dynamo.exc.TorchDynamoException)
+    assert "\n" not in str(e.value)
+    assert not isinstance(e.value, torch._dynamo.exc.TorchDynamoException)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("backend")
 def test_compiled_factor_gradients_equal_eager_ones_at_random_b(dtype: torch.dtype) -> None:

@@ -143,7 +143,7 @@ INVENTORY: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "AdamW": (optim.AdamW, {"weight_decay": 0.1}),
     "AdamW foreach": (optim.AdamW, {"foreach": True}),
     "AdamW fused": (optim.AdamW, {"fused": True}),
-    "AdamW capturable": (optim.AdamW, {"capturable": False, "maximize": True}),
+    "AdamW maximize": (optim.AdamW, {"maximize": True}),
     "Adagrad": (optim.Adagrad, {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
     "Adagrad zero": (optim.Adagrad, {}),
     "Rprop": (optim.Rprop, {}),
