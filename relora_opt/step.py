@@ -14,7 +14,8 @@ function drops custom backwards in silence (pytorch#193279).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -108,6 +109,10 @@ class FunctionalModel(nn.Module):
         for name, buffer in model.named_buffers():
             self.register_buffer(_key(name), buffer)
 
+    def factors(self) -> Iterator[Tensor]:
+        """Yield the factors of all places, none during the warm start."""
+        return chain(self.A.values(), self.B.values())
+
     def restore(self) -> None:
         """Give the model its own weights back, if a backward pass has left them swapped."""
         if self._is_swapped:
@@ -120,7 +125,7 @@ class FunctionalModel(nn.Module):
         if self._synchronised is None or self._synchronised() is not ddp:
             self._synchronised = ref(ddp)
             for W in {id(place.W): place.W for place in self._places}.values():
-                torch.distributed.broadcast(W.detach(), group=ddp.process_group, group_src=0)
+                _broadcast_(W, ddp.process_group)
 
     def _swap_in(self, gradient: Tensor) -> None:
         """Put the low-rank weights into the model until the backward pass that has just reached it is over."""
@@ -169,9 +174,10 @@ class Step:
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It synchronises with the
             device once an update.
         has_aux: whether `loss_fn` returns something beside the loss.
-        process_group: over whose processes the gradients are averaged, once an update; None for one process. Nothing
-            but the gradients of what is trained travels: of the factors and the unselected parameters. The processes
-            must start from the same weights.
+        process_group: over whose processes the gradients are averaged, once an update; None for one process. All of
+            them must make the step: it gives them the weights, buffers, factors and seed of the first one, as
+            DistributedDataParallel does. From then on nothing but the gradients of what is trained travels: of the
+            factors and the unselected parameters. States of the base optimizer that were loaded must be alike.
     """
 
     def __init__(
@@ -202,6 +208,8 @@ class Step:
         loss = _Loss(model, loss_fn)
         self._is_compiled = compile
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
+        if process_group is not None:
+            _start_alike_(optimizer, model, self._functional.factors(), process_group)
         self._forward: Callable[..., Any] = self._functional
         if compile:
             self._forward = torch.compile(self._functional, fullgraph=True)
@@ -264,6 +272,39 @@ class _WithBackward(nn.Module):
         loss, _ = _split(result, has_aux=self.has_aux)
         _backward(loss, self.accumulate)
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
+
+
+def _start_alike_(optimizer: ReLoRAOptimizer, model: nn.Module, factors: Iterable[Tensor], group: Any) -> None:
+    """Give every process of a group the first one's weights, buffers and factors, and the seed of the draws to come.
+
+    Raises:
+        ValueError: in all of them, where they hold different models or are not at the same update.
+    """
+    masters = (optimizer.state.get(p, {}).get("master") for p in model.parameters())
+    tensors = [*model.parameters(), *model.buffers(), *factors, *(master for master in masters if master is not None)]
+    own = optimizer.clock, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, (optimizer.seed, own), group=group)
+    others = [rank for rank, (_, form) in enumerate(held) if form != held[0][1]]
+    if others:
+        raise ValueError(
+            f"process_group: rank {others[0]} of it has another model or clock than rank 0 (shapes, dtypes, updates): "
+            "build the same in every process, and load the same state"
+        )
+    optimizer.seed = held[0][0]
+    for tensor in tensors:
+        _broadcast_(tensor, group)
+
+
+@torch.no_grad()
+def _broadcast_(tensor: Tensor, group: Any) -> None:
+    """Overwrite a tensor with the first process's; as bytes, for not every backend knows every dtype."""
+    if tensor.numel() == 0:
+        return
+    carried = tensor.detach().contiguous()
+    dist.broadcast(carried.reshape(-1).view(torch.uint8), group=group, group_src=0)
+    if carried.data_ptr() != tensor.data_ptr():
+        tensor.copy_(carried)
 
 
 def _backward(loss: Tensor, accumulate: int) -> None:
