@@ -185,8 +185,10 @@ def load_state(checkpoint: Path, optimizer: Loadable) -> None:
         ) from error
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}; {remedy}") from error
+    except UserError:
+        raise
+    except Exception as error:  # torch's own loading raises whatever it likes, AssertionErrors too
+        raise UserError(f"{path} cannot be loaded: {error or type(error).__name__}; {remedy}") from error
 
 
 def _check_types(progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -48,6 +49,29 @@ class Row:
         """Return the row as one line of JSON, without the newline. JSON has no nan or infinity: they become null."""
         numbers = {key: _finite(value) for key, value in asdict(self).items()}
         return json.dumps(numbers, allow_nan=False)
+
+
+class MetricsFile:
+    """Appends lines, each at once: when the disk is full or the process killed, nothing is left to be written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        """Append a line.
+
+        Raises:
+            UserError: where the disk refuses.
+        """
+        data = line.encode()
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}; checkpoints are untouched") from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
