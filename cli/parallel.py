@@ -180,7 +180,11 @@ def noticing_losses() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)):
             raise
-        what = f"has not answered for {_minutes()}" if "imed out" in str(error) else "has ended without a word: killed?"
+        what = (
+            f"has not answered for {_minutes()}"
+            if "imed out" in str(error)
+            else "has ended without a word, killed perhaps"
+        )
         raise LostProcessError(f"another process of this run {what}") from error
 
 

@@ -127,14 +127,14 @@ def train(run: Run) -> None:
                         text = f"stopped; to go on: relora-opt pretrain --resume {run.folder}"
                         processes.on_main(partial(view.say, text))
                         raise SystemExit(130)
-        except LostProcessError:
+        except LostProcessError as error:
             if processes.is_main:
                 if not run.is_sharded:  # what others held of a sharded run is gone
                     loop.report_unfinished()
                     _write_checkpoint(run, run.model, optimizer.state_dict())
                 saved = read_progress(latest_checkpoint(run.folder)).update
                 view.say(f"saved after update {saved}; to go on, resume {run.folder}")
-            raise
+            raise LostProcessError(f"{error}; to go on: relora-opt pretrain --resume {run.folder}") from error
     _close(run)
 
 
