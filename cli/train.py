@@ -133,7 +133,7 @@ def train(run: Run) -> None:
                     loop.report_unfinished()
                     _write_checkpoint(run, run.model, optimizer.state_dict())
                 saved = read_progress(latest_checkpoint(run.folder)).update
-                view.say(f"saved after update {saved}; to go on, resume {run.folder}")
+                view.say(f"saved after update {saved}")
             raise LostProcessError(f"{error}; to go on: relora-opt pretrain --resume {run.folder}") from error
     _close(run)
 

@@ -220,7 +220,8 @@ def test_a_dead_process_ends_the_run_with_a_message_and_a_checkpoint(tmp_path: P
     log = (tmp_path / "log").read_text()
     assert log.count("another process of this run has ended") == 1
     saved = last_save(tmp_path / "run")
-    assert f"saved after update {saved}; to go on, resume run" in log
+    assert f"saved after update {saved}\n" in log
+    assert log.count("to go on: relora-opt pretrain --resume run") == 1
     assert saved > 0
     with started(tmp_path, 1, "--resume", "run"):
         pass
@@ -301,6 +302,17 @@ def test_a_run_goes_on_as_if_a_process_had_not_died_between_an_update_and_its_ev
     for key in ("loss", "val_loss", "grad_norm"):
         mine, theirs = column(rows(tmp_path / "run"), key), column(rows(tmp_path / "whole"), key)
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_update_whose_loss_a_lost_process_takes_along_is_reported_without(tmp_path: Path, text: Path) -> None:
+    """It dies between its second update and telling its loss; sums before: devices, evaluation, two of update 1."""
+    body = "if rank == 1: World = parallel.World; World.sum = after(World.sum, 5, die)"
+    sabotaged(tmp_path, body, *options(text), "--eval-every", 5, "--out", "run")
+    last = rows(tmp_path / "run")[-1]
+    assert (last["update"], last["loss"]) == (last_save(tmp_path / "run"), None) == (2, None)
+    pretrain(tmp_path, 1, "--resume", "run").check_returncode()
+    assert column(rows(tmp_path / "run"), "update") == list(range(13))
 
 
 @pytest.mark.slow
