@@ -79,13 +79,11 @@ def save_checkpoint(run: Path, model: nn.Module, state: dict[str, Any], progress
         _flush_folder(folder.parent)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save and safetensors raise RuntimeErrors of their own on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save's own on a full disk is a RuntimeError, of a wrong position
         shutil.rmtree(partial, ignore_errors=True)
+        hint = "" if isinstance(error, OSError) else " (is the disk full?)"
         raise UserError(
-            f"checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
+            f"checkpoint {folder} could not be written: {error}{hint}; earlier checkpoints are untouched"
         ) from error
     return folder
 
