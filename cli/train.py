@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relora_opt import ReLoRAOptimizer, memory
+from relora_opt import Metrics, ReLoRAOptimizer, memory
 
 from .build import autocast_dtype, find_device, make_optimizer, model_config, with_vocabulary
 from .checkpoint import Progress, latest_checkpoint, load_state, read_progress, save_checkpoint
@@ -202,7 +202,8 @@ class _Loop:
             row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
             self._report(replace(row, val_loss=val_loss))
         elif self.run.unevaluated is not None:
-            self._finish(self.run.unevaluated)
+            self.unfinished = self.run.unevaluated
+            self._finish(self.unfinished)
             _save(self.run)  # the progress alone
 
     def report_unfinished(self) -> None:
@@ -214,7 +215,7 @@ class _Loop:
             self._report(row)
             return
         seen = self.run.optimizer.metrics()  # its update is known here alone
-        self.metrics.write(replace(row, update_rms=seen.update_rms).to_json() + "\n")
+        self.metrics.write(replace(row, update_rms=_update_rms(row, seen)).to_json() + "\n")
 
     def _finish(self, row: Row) -> None:
         """Evaluate after an update where that is due, and report it."""
@@ -263,8 +264,7 @@ class _Loop:
         optimizer, seen = self.run.optimizer, None
         if row.val_loss is not None:
             seen = optimizer.metrics()
-            update_rms = row.update_rms if seen.update_rms is None else seen.update_rms  # of a resumed run's first row
-            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=update_rms)
+            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=_update_rms(row, seen))
         self.metrics.write(row.to_json() + "\n")
         self.unfinished = None
         self.log.write(row.update, numbers(row, seen))
@@ -336,6 +336,11 @@ def _open_logs(run: Run) -> Log:
     """Open what `log` names in the main process; the others write nowhere."""
     opened = run.processes.on_main(lambda: open_logs(run.config, run.folder, first=_first_update(run)))
     return opened or open_logs(replace(run.config, log=()), run.folder, first=0)
+
+
+def _update_rms(row: Row, seen: Metrics) -> float | None:
+    """What an update moved the weights by; of one that was made before the run was resumed, its row knows."""
+    return row.update_rms if seen.update_rms is None else seen.update_rms
 
 
 def _is_evaluated(config: Config, update: int) -> bool:

@@ -299,7 +299,7 @@ def test_a_run_goes_on_as_if_a_process_had_not_died_between_an_update_and_its_ev
     assert "validation loss at the switch" in resumed.stdout
     for key in ("update", "tokens", "phase", "restarts"):
         assert column(rows(tmp_path / "run"), key) == column(rows(tmp_path / "whole"), key)
-    for key in ("loss", "val_loss", "grad_norm"):
+    for key in ("loss", "val_loss", "grad_norm", "low_rank_ratio", "update_rms"):
         mine, theirs = column(rows(tmp_path / "run"), key), column(rows(tmp_path / "whole"), key)
         assert mine == pytest.approx(theirs, rel=1e-4)
 
