@@ -8,14 +8,20 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
 
-from .config import FIELDS, Config, ProcessError, UserError, load_config_file, resolve
+from .config import FIELDS, Config, UserError, load_config_file, resolve
+from .report import print_error
+
+if TYPE_CHECKING:
+    from .parallel import World
 
 app = typer.Typer(
     name="relora-opt",
@@ -32,11 +38,13 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _is_one_of_several():
             # Threads of gloo that outlive their process group abort the interpreter while it shuts down.
+            if isinstance(end.code, str):
+                sys.stderr.write(f"{end.code}\n")
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else 0)
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 
@@ -44,10 +52,24 @@ def _run() -> None:
     try:
         app(args=_spread_data(sys.argv[1:]))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0" and not isinstance(error, ProcessError):
-            sys.exit(2)  # of several processes, the first one says it
-        Console(stderr=True, soft_wrap=True).print(f"relora-opt: {error}", markup=False, highlight=False)
+        print_error(str(error))
         sys.exit(2)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def _processes() -> Iterator[World | None]:
+    """Join the run's other processes; where there are none, torch need not be imported for a mistake in a flag."""
+    if not _is_one_of_several():
+        yield None
+        return
+    from .parallel import world
+
+    with world() as processes:
+        yield processes
 
 
 def pretrain(**options: Any) -> None:
@@ -57,17 +79,18 @@ def pretrain(**options: Any) -> None:
     """
     resume, config_file = options.pop("resume"), options.pop("config")
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    if resume is not None:
-        if given or config_file is not None:
-            raise UserError(f"resume={resume!r} goes alone: the settings come from the run")
-        from .train import resume_run
+    with _processes() as processes:
+        if resume is not None:
+            if given or config_file is not None:
+                raise UserError(f"resume={resume!r} goes alone: the settings come from the run")
+            from .train import resume_run
 
-        resume_run(Path(resume))
-        return
-    config = resolve({**(load_config_file(config_file) if config_file else {}), **given})
-    from .train import start_run
+            resume_run(Path(resume), processes)
+            return
+        config = resolve({**(load_config_file(config_file) if config_file else {}), **given})
+        from .train import start_run
 
-    start_run(config)
+        start_run(config, processes)
 
 
 @app.command()

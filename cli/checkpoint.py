@@ -79,13 +79,11 @@ def save_checkpoint(run: Path, model: nn.Module, state: dict[str, Any], progress
         _flush_folder(folder.parent)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save and safetensors raise RuntimeErrors of their own on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save's own on a full disk is a RuntimeError, of a wrong position
         shutil.rmtree(partial, ignore_errors=True)
+        hint = "" if isinstance(error, OSError) else " (is the disk full?)"
         raise UserError(
-            f"checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
+            f"checkpoint {folder} could not be written: {error}{hint}; earlier checkpoints are untouched"
         ) from error
     return folder
 
@@ -185,8 +183,10 @@ def load_state(checkpoint: Path, optimizer: Loadable) -> None:
         ) from error
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}; {remedy}") from error
+    except UserError:
+        raise
+    except Exception as error:  # torch's own loading raises whatever it likes, AssertionErrors too
+        raise UserError(f"{path} cannot be loaded: {error or type(error).__name__}; {remedy}") from error
 
 
 def _check_types(progress: Progress) -> None:

@@ -29,10 +29,6 @@ class UserError(ValueError):
     """Something the user can mend: one sentence with the value and the remedy. The command ends with status 2."""
 
 
-class ProcessError(UserError):
-    """Something is wrong in one process of several, which must say so itself."""
-
-
 def _option(help: str, *, panel: str) -> Any:
     return field(metadata={"help": help, "panel": panel})
 

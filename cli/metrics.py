@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +53,38 @@ class Row:
         return json.dumps(numbers, allow_nan=False)
 
 
+class MetricsFile:
+    """Appends lines, each at once: when the disk is full or the process killed, nothing is left to be written.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _named(path):
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        """Append a line."""
+        data = line.encode()
+        with _named(self._path):
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn an error of the disk's into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; checkpoints are untouched") from error
+
+
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl. A last line that a killed run left torn is dropped.
 
@@ -74,17 +109,18 @@ def truncate_metrics(path: Path, *, after_update: int) -> None:
     A missing file stays missing.
 
     Raises:
-        UserError: a line is not a row.
+        UserError: a line is not a row, or the disk refuses.
     """
     if not path.exists():
         return
     kept = [row.to_json() + "\n" for row in read_metrics(path) if row.update <= after_update]
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with _named(path):
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def _row(line: bytes, *, where: str) -> Row:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,13 @@ def print_summary(summary: Summary, *, console: Console) -> None:
     for name, text in [*places.items(), ("next", summary.next_command)]:
         if text is not None:
             console.print(f"{name:<8}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_error(text: str, unexpected: BaseException | None = None) -> None:
+    """Say what ends the command, on one line of stderr, unwrapped; with a traceback where it was not foreseen."""
+    if unexpected is not None:
+        traceback.print_exception(unexpected)
+    Console(stderr=True, soft_wrap=True).print(f"relora-opt: {text}", markup=False, highlight=False)
 
 
 def _summary_rows(summary: Summary) -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from relora_opt import ReLoRAOptimizer
@@ -31,13 +33,17 @@ _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def shard(model: Llama, *, compile: bool) -> None:
-    """Shard a model that is the same in all processes, layer by layer, in place."""
+def shard(model: Llama, processes: World, *, compile: bool) -> None:
+    """Shard the first process's model, layer by layer, in place; the others have one of its shape."""
+    assert processes.group is not None
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), group=processes.group, group_src=0)
+    mesh = DeviceMesh.from_group(processes.group, next(model.parameters()).device.type)
     for layer in model.model.layers:
         if compile:
             layer.compile()
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 class DenseStep:
@@ -80,9 +86,8 @@ def gather(model: Llama, optimizer: ReLoRAOptimizer) -> tuple[Llama, dict[str, A
 
     All processes must call; what all but the first get is of no use.
     """
-    with noticing_losses():
-        weights = get_model_state_dict(model, options=_GATHERED)
-        state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
+    weights = get_model_state_dict(model, options=_GATHERED)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
     if not weights:
         return model, {}
     whole = Llama(model.config)
@@ -111,6 +116,9 @@ class WholeState:
         Raises:
             ValueError, KeyError: for a state that does not fit.
         """
+        if not any(state_dict["state"].values()):  # torch finds no device in it; there is nothing to share out either
+            self._optimizer.load_state_dict(state_dict)
+            return
         first = state_dict["param_groups"][0]
         entries = {self._names[number]: entry for number, entry in state_dict["state"].items()}
         self._optimizer.set_clock(
@@ -124,4 +132,5 @@ class WholeState:
             for group in state_dict["param_groups"]
         ]
         named: Any = {"state": entries, "param_groups": groups}
-        set_optimizer_state_dict(self._model, self._optimizer, named, options=_WHOLE)
+        with noticing_losses():
+            set_optimizer_state_dict(self._model, self._optimizer, named, options=_WHOLE)

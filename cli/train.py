@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,23 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from relora_opt import ReLoRAOptimizer, memory
+from relora_opt import Metrics, ReLoRAOptimizer, memory
 
 from .build import autocast_dtype, find_device, make_optimizer, model_config, with_vocabulary
 from .checkpoint import Progress, latest_checkpoint, load_state, read_progress, save_checkpoint
-from .config import Config, ProcessError, UserError, load_config_file, resolve, to_toml
+from .config import FIELDS, Config, UserError, load_config_file, resolve, to_toml
 from .data import Batches, Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER, write_export
 from .log import Log, check_logs, numbers, open_logs, remember
-from .metrics import Phase, Row, read_metrics, truncate_metrics
+from .metrics import MetricsFile, Phase, Row, read_metrics, truncate_metrics
 from .model import Llama, LlamaConfig, init_weights, load_config, load_weights
-from .parallel import LostProcessError, World, noticing_losses, world
+from .parallel import LostProcessError, World, noticing_losses
 from .plot import plot_runs
 from .report import Summary, View, print_summary
 from .shard import DenseStep, WholeState, gather, shard
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.toml"
+_PLACES = ("data", "tokenizer", "model", "init_from", "out", "device", "threads")  # these may differ by machine
 _EVAL_SEQUENCES = 256  # drawn once from the held-out documents
 _SKIPS_TO_STOP = 20
 
@@ -59,43 +61,47 @@ class Run:
     optimizer: ReLoRAOptimizer
     progress: Progress
     processes: World
+    unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
 
     @property
     def is_sharded(self) -> bool:
         return _is_sharded(self.config, self.processes)
 
 
-def start_run(config: Config) -> None:
-    """Train from the beginning, or from `init_from`, in a new folder."""
-    with world(config.device) as processes:
-        out = processes.from_main(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-        config = replace(config, out=out)
-        processes.on_main(lambda: check_logs(config.log))
-        processes.on_main(lambda: _check_new(Path(out)))
-        run = _begin(config, processes)
-        processes.on_main(lambda: _write_folder(run))
-        _save(run)
-        train(run)
+def start_run(config: Config, processes: World | None = None) -> None:
+    """Train from the beginning, or from `init_from`, in a new folder; `processes` are several that all call."""
+    processes = _on_device(config, processes)
+    out = processes.from_main(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    config = replace(config, out=out)
+    processes.on_main(lambda: check_logs(config.log))
+    processes.on_main(lambda: _check_new(Path(out)))
+    run = _begin(config, processes)
+    processes.on_main(lambda: _write_folder(run))
+    _save(run)
+    train(run)
 
 
-def resume_run(folder: Path) -> None:
-    """Go on with a run from its newest checkpoint; a finished one is left alone."""
+def resume_run(folder: Path, processes: World | None = None) -> None:
+    """Go on with a run from its newest checkpoint; a finished one is left alone. `processes` as in `start_run`."""
     if not (folder / _CONFIG).is_file():
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {_CONFIG} in it")
     options = load_config_file(folder / _CONFIG)
     options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
     config = replace(resolve(options), out=str(folder))
-    with world(config.device) as processes:
-        checkpoint = latest_checkpoint(folder)
-        progress = read_progress(checkpoint)
-        if progress.is_finished:
-            _say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
-            return
-        processes.on_main(lambda: check_logs(config.log))
-        run = _restore(config, checkpoint, processes)
-        processes.on_main(lambda: _cut_metrics(run))
-        _say(processes, f"resuming {folder} after update {progress.update}")
-        train(run)
+    processes = _on_device(config, processes)
+    checkpoint = _main_checkpoint(folder, processes)
+    progress = read_progress(checkpoint)
+    processes.check_alike(
+        progress, lambda other: f"{checkpoint} is not that of rank 0 ({progress} here, {other} there): copy that one"
+    )
+    if progress.is_finished:
+        _say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
+        return
+    processes.on_main(lambda: check_logs(config.log))
+    run = _restore(config, checkpoint, processes)
+    run.unevaluated = processes.from_main(processes.on_main(lambda: _cut_metrics(run)))
+    _say(processes, f"resuming {folder} after update {progress.update}")
+    train(run)
 
 
 def train(run: Run) -> None:
@@ -109,24 +115,26 @@ def train(run: Run) -> None:
     ):
         loop = _Loop(run, view, metrics, log)
         try:
-            if run.progress.update == 0:
-                loop.evaluate()
-            while optimizer.num_updates < config.steps:
-                loop.attempt()
-                is_last = optimizer.num_updates == config.steps
-                is_stopped = processes.sum(float(interrupts.is_stopped)) != [0.0]
-                if optimizer.num_updates % config.save_every == 0 or is_last or is_stopped:
-                    _save(run)
-                if is_stopped and not is_last:
-                    view.say(f"stopped; to go on: relora-opt pretrain --resume {run.folder}")
-                    raise SystemExit(130)
-        except LostProcessError:
+            with noticing_losses():
+                loop.begin()
+                while optimizer.num_updates < config.steps:
+                    loop.attempt()
+                    is_last = optimizer.num_updates == config.steps
+                    is_stopped = processes.sum(float(interrupts.is_stopped)) != [0.0]
+                    if optimizer.num_updates % config.save_every == 0 or is_last or is_stopped:
+                        _save(run)
+                    if is_stopped and not is_last:
+                        text = f"stopped; to go on: relora-opt pretrain --resume {run.folder}"
+                        processes.on_main(partial(view.say, text))
+                        raise SystemExit(130)
+        except LostProcessError as error:
             if processes.is_main:
                 if not run.is_sharded:  # what others held of a sharded run is gone
+                    loop.report_unfinished()
                     _write_checkpoint(run, run.model, optimizer.state_dict())
                 saved = read_progress(latest_checkpoint(run.folder)).update
-                view.say(f"saved after update {saved}; to go on, resume {run.folder}")
-            raise
+                view.say(f"saved after update {saved}")
+            raise LostProcessError(f"{error}; to go on: relora-opt pretrain --resume {run.folder}") from error
     _close(run)
 
 
@@ -144,6 +152,7 @@ class _Loop:
         self.step = self._make_step()
         self.validation = _validation_set(run.corpus, config).to(self.device)
         self.num_skips = 0
+        self.unfinished: Row | None = None  # of the update that is made but not reported yet
 
     def _make_step(self) -> Callable[[Tensor], Tensor]:
         run = self.run
@@ -162,11 +171,10 @@ class _Loop:
         """Serve one batch, and do what is due after its update."""
         run, optimizer = self.run, self.run.optimizer
         before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
-        optimizer.measures_updates = self._is_evaluated(before + 1)
+        optimizer.measures_updates = _is_evaluated(run.config, before + 1)
         batch = self.batches.batch(run.progress.attempts)
         share = run.processes.share(batch).to(self.device)
-        with noticing_losses():
-            losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
+        losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
         loss = float(torch.stack(losses).mean())
         seconds = time.monotonic() - start
         run.progress = replace(
@@ -175,30 +183,45 @@ class _Loop:
             attempts=run.progress.attempts + 1,
             seconds=run.progress.seconds + seconds,
         )
+        if optimizer.num_updates != before:
+            tokens_per_second = batch[:, 1:].numel() / seconds
+            self.unfinished = self._row(phase, loss=None, tokens_per_second=tokens_per_second)
         (loss,) = (total / run.processes.size for total in run.processes.sum(loss))
-        if optimizer.num_updates == before:
+        if self.unfinished is None:
             self._count_skip(loss)
             return
         self.num_skips = 0
-        tokens_per_second = batch[:, 1:].numel() / seconds
-        row = self._row(phase, loss=loss, tokens_per_second=tokens_per_second)
-        if self._is_evaluated(optimizer.num_updates):
-            row = replace(row, val_loss=self._validate(is_switch=self._is_switch(optimizer.num_updates)))
+        self.unfinished = replace(self.unfinished, loss=loss)
+        self._finish(self.unfinished)
+
+    def begin(self) -> None:
+        """Report the validation loss before training, or the one that a resumed run still owes."""
+        if self.run.progress.update == 0:
+            val_loss = self._validate(is_switch=False)
+            self.run.progress = replace(self.run.progress, val_loss_start=val_loss)
+            row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
+            self._report(replace(row, val_loss=val_loss))
+        elif self.run.unevaluated is not None:
+            self.unfinished = self.run.unevaluated
+            self._finish(self.unfinished)
+            _save(self.run)  # the progress alone
+
+    def report_unfinished(self) -> None:
+        """Report an update as far as it is known, for a run that goes on from it; logs wait for its evaluation."""
+        row = self.unfinished
+        if row is None:
+            return
+        if not _is_evaluated(self.run.config, row.update):
+            self._report(row)
+            return
+        seen = self.run.optimizer.metrics()  # its update is known here alone
+        self.metrics.write(replace(row, update_rms=_update_rms(row, seen)).to_json() + "\n")
+
+    def _finish(self, row: Row) -> None:
+        """Evaluate after an update where that is due, and report it."""
+        if _is_evaluated(self.run.config, row.update):
+            row = replace(row, val_loss=self._validate(is_switch=_is_switch(self.run.config, row.update)))
         self._report(row)
-
-    def evaluate(self) -> None:
-        """Report the validation loss before training."""
-        val_loss = self._validate(is_switch=False)
-        self.run.progress = replace(self.run.progress, val_loss_start=val_loss)
-        row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
-        self._report(replace(row, val_loss=val_loss))
-
-    def _is_switch(self, update: int) -> bool:
-        return update == self.run.config.warm_start and self.run.config.rank > 0
-
-    def _is_evaluated(self, update: int) -> bool:
-        config = self.run.config
-        return update % config.eval_every == 0 or self._is_switch(update) or update == config.steps
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -240,10 +263,10 @@ class _Loop:
         """Write a row, and what the optimizer says of itself where it was evaluated: all processes must call."""
         optimizer, seen = self.run.optimizer, None
         if row.val_loss is not None:
-            with noticing_losses():
-                seen = optimizer.metrics()
-            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=seen.update_rms)
+            seen = optimizer.metrics()
+            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=_update_rms(row, seen))
         self.metrics.write(row.to_json() + "\n")
+        self.unfinished = None
         self.log.write(row.update, numbers(row, seen))
         has_restarts = self.run.config.rank > 0
         next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if has_restarts else None
@@ -285,29 +308,73 @@ class _Interrupts:
 
 
 @contextmanager
-def _metrics_file(run: Run) -> Iterator[Any]:
-    path = run.folder / _METRICS if run.processes.is_main else os.devnull
-    with open(path, "a", buffering=1, encoding="utf-8") as file:
+def _metrics_file(run: Run) -> Iterator[MetricsFile]:
+    file = MetricsFile(run.folder / _METRICS if run.processes.is_main else Path(os.devnull))
+    with closing(file):
         yield file
 
 
 def _first_update(run: Run) -> int:
     """The update of the first row to write: a run that has made none evaluates again, and writes row 0 again."""
-    return run.progress.update + 1 if run.progress.update else 0
+    return run.progress.update + (run.progress.update > 0 and run.unevaluated is None)
 
 
-def _cut_metrics(run: Run) -> None:
-    """Drop the rows of updates that will be made again."""
-    path = run.folder / _METRICS
+def _cut_metrics(run: Run) -> Row | None:
+    """Drop the rows of updates that will be made again; drop and return one whose evaluation a lost process cut off."""
+    path, update = run.folder / _METRICS, run.progress.update
+    rows = read_metrics(path) if path.exists() else []
+    last = rows[-1] if rows else None
+    if last is not None and last.update == update > 0 and last.val_loss is None and _is_evaluated(run.config, update):
+        run.unevaluated = rows.pop()
     if path.exists() and run.config.log:
-        remember(run.folder, last=max((row.update for row in read_metrics(path)), default=-1))
+        remember(run.folder, last=max((row.update for row in rows), default=-1))
     truncate_metrics(path, after_update=_first_update(run) - 1)
+    return run.unevaluated
 
 
 def _open_logs(run: Run) -> Log:
     """Open what `log` names in the main process; the others write nowhere."""
     opened = run.processes.on_main(lambda: open_logs(run.config, run.folder, first=_first_update(run)))
     return opened or open_logs(replace(run.config, log=()), run.folder, first=0)
+
+
+def _update_rms(row: Row, seen: Metrics) -> float | None:
+    """What an update moved the weights by; of one that was made before the run was resumed, its row knows."""
+    return row.update_rms if seen.update_rms is None else seen.update_rms
+
+
+def _is_evaluated(config: Config, update: int) -> bool:
+    return update % config.eval_every == 0 or _is_switch(config, update) or update == config.steps
+
+
+def _is_switch(config: Config, update: int) -> bool:
+    return update == config.warm_start and config.rank > 0
+
+
+def _on_device(config: Config, processes: World | None) -> World:
+    """Return the processes on their devices; refuse other options than the first one's, but for places."""
+    if processes is None:
+        return World()
+    names = [name for name in FIELDS if name not in _PLACES]
+
+    def message(other: list[Any]) -> str:
+        name, theirs = next((n, v) for n, v in zip(names, other, strict=True) if v != getattr(config, n))
+        return f"{name}={getattr(config, name)!r}, and {theirs!r} on rank 0: give all processes the same options"
+
+    processes.check_alike([getattr(config, name) for name in names], message)
+    return processes.on_device(config.device)
+
+
+def _main_checkpoint(folder: Path, processes: World) -> Path:
+    """Return the main process's newest checkpoint, which all must see."""
+    own = latest_checkpoint(folder)
+    checkpoint = own.with_name(processes.from_main(own.name))
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint}, from which rank 0 goes on, is not there, and the newest here is {own.name}: give all "
+            "machines the same folder, or copy it"
+        )
+    return checkpoint
 
 
 def _check_new(folder: Path) -> None:
@@ -361,14 +428,16 @@ def _prepare(config: Config, shape: LlamaConfig, processes: World, set_weights: 
                 seq_len=config.seq_len,
             )
         )
-    if processes.from_main(corpus.fingerprint) != corpus.fingerprint:
-        raise ProcessError(f"rank {processes.rank}: its texts are not those of rank 0 (data={list(config.data)})")
+    processes.check_alike(
+        corpus.fingerprint, lambda _: f"the texts are not those of rank 0 (data={list(config.data)}): copy those"
+    )
     shape = with_vocabulary(shape, corpus, config)
+    processes.check_alike(shape, lambda other: f"the model is {shape}, and {other} on rank 0: give all the same")
     device = find_device(config)
     model = Llama(shape).to(device)
     set_weights(model)
     if _is_sharded(config, processes):
-        shard(model, compile=config.compile)
+        shard(model, processes, compile=config.compile)
     optimizer = make_optimizer(model, config)
     progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
     return Run(config, folder, console, corpus, model, optimizer, progress, processes)

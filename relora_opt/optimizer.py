@@ -521,7 +521,10 @@ class ReLoRAOptimizer(Optimizer):
         has_aux: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> Step:
-        """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py)."""
+        """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py).
+
+        With a process group, all of its processes must call: they start from the first one's weights.
+        """
         from .step import Step
 
         if self._passes_closure:

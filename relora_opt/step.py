@@ -14,7 +14,8 @@ function drops custom backwards in silence (pytorch#193279).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -128,6 +129,10 @@ class FunctionalModel(nn.Module):
                     "come first, then the optimizer, then functional() or make_step()"
                 )
 
+    def factors(self) -> Iterator[Tensor]:
+        """Yield the factors of all places, none during the warm start."""
+        return chain(self.A.values(), self.B.values())
+
     def restore(self) -> None:
         """Give the model its own weights back, if a backward pass has left them swapped."""
         if self._is_swapped:
@@ -140,7 +145,7 @@ class FunctionalModel(nn.Module):
         if self._synchronised is None or self._synchronised() is not ddp:
             self._synchronised = ref(ddp)
             for W in {id(place.W): place.W for place in self._places}.values():
-                torch.distributed.broadcast(W.detach(), group=ddp.process_group, group_src=0)
+                _broadcast_(W, ddp.process_group)
 
     def _swap_in(self, gradient: Tensor) -> None:
         """Put the low-rank weights into the model until the backward pass that has just reached it is over."""
@@ -193,9 +198,10 @@ class Step:
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It synchronises with the
             device once an update.
         has_aux: whether `loss_fn` returns something beside the loss.
-        process_group: over whose processes the gradients are averaged, once an update; None for one process. Nothing
-            but the gradients of what is trained travels: of the factors and the unselected parameters. The processes
-            must start from the same weights.
+        process_group: over whose processes the gradients are averaged, once an update; None for one process. All of
+            them must make the step: it gives them the weights, buffers, factors and seed of the first one, as
+            DistributedDataParallel does. From then on nothing but the gradients of what is trained travels: of the
+            factors and the unselected parameters. States of the base optimizer that were loaded must be alike.
     """
 
     def __init__(
@@ -231,6 +237,9 @@ class Step:
         loss = _Loss(model, loss_fn)
         self._is_compiled = compile
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
+        _check_process_group(process_group)
+        if process_group is not None:
+            _start_alike_(optimizer, model, self._functional.factors(), process_group)
         self._forward: Callable[..., Any] = self._functional
         if compile:
             self._forward = _compiled(self._functional)
@@ -253,6 +262,7 @@ class Step:
         return (loss, aux) if self.has_aux else loss
 
     def _update(self) -> None:
+        _check_process_group(self.process_group)
         if self.process_group is not None:
             gradients.average_(self._functional.parameters(), self.process_group)
         if not self.skip_nonfinite or (self._all_losses_are_finite() and self.optimizer.has_finite_gradients()):
@@ -297,6 +307,15 @@ class _WithBackward(nn.Module):
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
+def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
+    if process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"make_step without process_group in one of {dist.get_world_size()} processes, which would train apart: "
+            "give process_group=torch.distributed.group.WORLD, read after init_process_group (it is None before); a "
+            "process that is to train alone gives a group of its own"
+        )
+
+
 def _compiled(module: nn.Module) -> Callable[..., Any]:
     compiled = torch.compile(module, fullgraph=True)
 
@@ -310,6 +329,39 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
             ) from error
 
     return call
+
+
+def _start_alike_(optimizer: ReLoRAOptimizer, model: nn.Module, factors: Iterable[Tensor], group: Any) -> None:
+    """Give every process of a group the first one's weights, buffers and factors, and the seed of the draws to come.
+
+    Raises:
+        ValueError: in all of them, where they hold different models or are not at the same update.
+    """
+    masters = (optimizer.state.get(p, {}).get("master") for p in model.parameters())
+    tensors = [*model.parameters(), *model.buffers(), *factors, *(master for master in masters if master is not None)]
+    own = optimizer.clock, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, (optimizer.seed, own), group=group)
+    others = [rank for rank, (_, form) in enumerate(held) if form != held[0][1]]
+    if others:
+        raise ValueError(
+            f"process_group: rank {others[0]} of it has another model or clock than rank 0 (shapes, dtypes, updates): "
+            "build the same in every process, and load the same state"
+        )
+    optimizer.seed = held[0][0]
+    for tensor in tensors:
+        _broadcast_(tensor, group)
+
+
+@torch.no_grad()
+def _broadcast_(tensor: Tensor, group: Any) -> None:
+    """Overwrite a tensor with the first process's; as bytes, for not every backend knows every dtype."""
+    if tensor.numel() == 0:
+        return
+    carried = tensor.detach().contiguous()
+    dist.broadcast(carried.reshape(-1).view(torch.uint8), group=group, group_src=0)
+    if carried.data_ptr() != tensor.data_ptr():
+        tensor.copy_(carried)
 
 
 def _backward(loss: Tensor, accumulate: int) -> None:

@@ -460,9 +460,23 @@ MUTATIONS = (
     Mutation(
         "leave every rank its own weights under the functional model",
         "step.py",
-        "torch.distributed.broadcast(W.detach(), group=ddp.process_group, group_src=0)",
+        "_broadcast_(W, ddp.process_group)",
         "pass",
         ("test_distributed.py", "test_ddp_around_the_functional_model_starts_from_the_first and float32"),
+    ),
+    Mutation(
+        "leave every process of a step its own weights",
+        "step.py",
+        "        _broadcast_(tensor, group)\n",
+        "        pass\n",
+        ("test_step_parallel.py", "start_apart"),
+    ),
+    Mutation(
+        "leave every process of a step its own seed",
+        "step.py",
+        "    optimizer.seed = held[0][0]\n",
+        "",
+        ("test_step_parallel.py", "start_apart"),
     ),
     Mutation(
         "take a DistributedDataParallel from before the switch",

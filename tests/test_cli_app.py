@@ -46,7 +46,7 @@ def run(*arguments: str) -> int:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configurations with which `pretrain` would have started a run; none is."""
     configs: list[Config] = []
-    monkeypatch.setattr(train, "start_run", configs.append)
+    monkeypatch.setattr(train, "start_run", lambda config, _: configs.append(config))
     return configs
 
 
@@ -175,7 +175,7 @@ def test_a_zero_on_the_command_line_wins_over_the_file(tmp_path: Path, started: 
 
 def test_resume_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     resumed: list[Path] = []
-    monkeypatch.setattr(train, "resume_run", resumed.append)
+    monkeypatch.setattr(train, "resume_run", lambda folder, _: resumed.append(folder))
     assert run("pretrain", "--resume", str(tmp_path)) == 0
     assert resumed == [tmp_path]
     for more in (["--seed", "0"], ["--config", "c.toml"], ["--data", "A"], ["--no-compile"], ["--rank", "0"]):

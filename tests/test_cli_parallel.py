@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,12 +30,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def command(size: int, *arguments: Any) -> list[str]:
+def command(size: int, *arguments: Any, program: tuple[str, ...] = ("-m", "relora_opt_cli")) -> list[str]:
     run = (
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)] if size > 1 else [sys.executable]
     )
     port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if size > 1 else []
-    return [*run, *port, "-m", "relora_opt_cli", "pretrain", *map(str, arguments)]
+    return [*run, *port, *program, "pretrain", *map(str, arguments)]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -49,6 +51,67 @@ def pretrain(tmp_path: Path, size: int, *arguments: Any) -> subprocess.Completed
         text=True,
         timeout=240,
     )
+
+
+PROGRAM = """
+import os, resource, signal, sys, time
+from datetime import timedelta
+from relora_opt_cli import app, checkpoint, data, parallel, train
+
+rank = int(os.environ["RANK"])
+
+
+def after(function, number, do):
+    def wrapped(*arguments, **options):
+        wrapped.count += 1
+        if wrapped.count == number:
+            do()
+        return function(*arguments, **options)
+    wrapped.count = 0
+    return wrapped
+
+
+def give(option, value):
+    place = sys.argv.index(option) if option in sys.argv else len(sys.argv)
+    sys.argv[place : place + 2] = [option, value]
+
+
+def fails(place, name, number):
+    setattr(place, name, after(getattr(place, name), number, fail))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(*_, **__):
+    raise RuntimeError("the disk has melted")
+
+
+{body}
+app.main()
+"""
+
+
+def sabotaged(tmp_path: Path, body: str, *arguments: Any, fails: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run with lines of Python of our own before it begins, in every process."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("{body}", body))
+    run = subprocess.run(
+        command(2, *arguments, program=(str(program),)),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (run.returncode != 0) == fails
+    return run
+
+
+def said(run: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what the command itself says of its end."""
+    return [line.removeprefix("relora-opt: ") for line in run.stderr.splitlines() if line.startswith("relora-opt: ")]
 
 
 @contextmanager
@@ -157,7 +220,8 @@ def test_a_dead_process_ends_the_run_with_a_message_and_a_checkpoint(tmp_path: P
     log = (tmp_path / "log").read_text()
     assert log.count("another process of this run has ended") == 1
     saved = last_save(tmp_path / "run")
-    assert f"saved after update {saved}; to go on, resume run" in log
+    assert f"saved after update {saved}\n" in log
+    assert log.count("to go on: relora-opt pretrain --resume run") == 1
     assert saved > 0
     with started(tmp_path, 1, "--resume", "run"):
         pass
@@ -176,9 +240,242 @@ def test_an_interrupt_stops_all_processes_at_the_same_update(tmp_path: Path, tex
 def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path: Path, text: Path) -> None:
     run = pretrain(tmp_path, 2, *options(text), "--batch-size", 9, "--out", "run")
     assert run.returncode != 0
-    message = "relora-opt: batch_size=9 does not divide among 2 processes: make it a multiple"
+    message = "batch_size=9 does not divide among 2 processes: make it a multiple"
     assert (run.stdout + run.stderr).count(message) == 1
+    assert re.search(rf"^relora-opt: rank [01]: {message}$", run.stderr, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        pytest.param(body, message, id=name)
+        for name, body, message in [
+            ("no text", "if rank == 1: give('--data', 'nowhere.txt')", "rank 1: data='nowhere.txt' does not exist"),
+            (
+                "no text on 0",
+                "if rank == 0: give('--data', 'nowhere.txt')",
+                "rank 0: data='nowhere.txt' does not exist",
+            ),
+            ("another text", "if rank == 1: give('--data', 'other.txt')", "rank 1: the texts are not those of rank 0"),
+            ("option", "if rank == 1: give('--lr', '5')", "rank 1: lr=5.0, and 0.001 on rank 0: give all processes"),
+            ("no options", "if rank == 1: give('--config', 'no.toml')", "rank 1: config='no.toml' cannot be read"),
+            ("folder", "if rank == 0: give('--out', 'text.txt/run')", "rank 0: out='text.txt/run' cannot be"),
+            ("model", "if rank == 1: train.init_weights = fail", "rank 1: RuntimeError: the disk has melted"),
+            ("save", "if rank == 0: fails(train, 'save_checkpoint', 2)", "rank 0: RuntimeError: the disk has melted"),
+            ("batch", "if rank == 1: fails(train.Batches, 'batch', 5)", "rank 1: RuntimeError: the disk has melted"),
+        ]
+    ],
+)
+def test_what_goes_wrong_in_one_process_is_said_once_and_ends_all(
+    tmp_path: Path, text: Path, body: str, message: str
+) -> None:
+    (tmp_path / "other.txt").write_text(text.read_text().replace("number", "count"))
+    run = sabotaged(tmp_path, body, *options(text), "--save-every", 3, "--out", "run")
+    (line,) = said(run)
+    assert line.startswith(message)
+    of_torchrun = run.stderr.count("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")
+    assert run.stderr.count("Traceback (most recent call last)") - of_torchrun == line.count("RuntimeError")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_run_goes_on_as_if_a_process_had_not_died_between_an_update_and_its_evaluation(
+    tmp_path: Path, text: Path, victim: int
+) -> None:
+    """The one that dies is evaluating at the switch, after update 3; the other has made that update."""
+    settings = [*options(text), "--eval-every", 50]
+    pretrain(tmp_path, 1, *settings, "--out", "whole").check_returncode()
+    body = f"if rank == {victim}: train._Loop._validate = after(train._Loop._validate, 2, die)"
+    (line,) = said(sabotaged(tmp_path, body, *settings, "--out", "run", "--save-every", 50))
+    assert line == (
+        f"rank {1 - victim}: another process of this run has ended without a word, killed perhaps; "
+        "to go on: relora-opt pretrain --resume run"
+    )
+    assert last_save(tmp_path / "run") == (3 if victim else 0)
+    resumed = pretrain(tmp_path, 1, "--resume", "run")
+    resumed.check_returncode()
+    assert "validation loss at the switch" in resumed.stdout
+    for key in ("update", "tokens", "phase", "restarts"):
+        assert column(rows(tmp_path / "run"), key) == column(rows(tmp_path / "whole"), key)
+    for key in ("loss", "val_loss", "grad_norm", "low_rank_ratio", "update_rms"):
+        mine, theirs = column(rows(tmp_path / "run"), key), column(rows(tmp_path / "whole"), key)
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_update_whose_loss_a_lost_process_takes_along_is_reported_without(tmp_path: Path, text: Path) -> None:
+    """It dies between its second update and telling its loss; sums before: devices, evaluation, two of update 1."""
+    body = "if rank == 1: World = parallel.World; World.sum = after(World.sum, 5, die)"
+    sabotaged(tmp_path, body, *options(text), "--eval-every", 5, "--out", "run")
+    last = rows(tmp_path / "run")[-1]
+    assert (last["update"], last["loss"]) == (last_save(tmp_path / "run"), None) == (2, None)
+    pretrain(tmp_path, 1, "--resume", "run").check_returncode()
+    assert column(rows(tmp_path / "run"), "update") == list(range(13))
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_from_the_main_process_s_checkpoint_or_not_at_all(tmp_path: Path, text: Path) -> None:
+    """Rank 1 is on another machine, whose folder is a copy; the newest checkpoint has not reached it."""
+    shutil.copytree(tmp_path, tmp_path / "there")
+    pretrain(tmp_path, 1, *options(text, steps=9), "--out", "run", "--save-every", 3).check_returncode()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000009")
+    shutil.copytree(tmp_path / "run", tmp_path / "there" / "run")
+    body = "if rank == 1: os.chdir('there')"
+    shutil.rmtree(tmp_path / "there" / "run" / "checkpoints" / "00000006")
+    shutil.copytree(
+        tmp_path / "run" / "checkpoints" / "00000006", tmp_path / "there" / "run" / "checkpoints" / "00000003"
+    )
+    (line,) = said(sabotaged(tmp_path, body, "--resume", "run"))
+    assert line == (
+        "rank 1: run/checkpoints/00000006, from which rank 0 goes on, is not there, and the newest here is 00000003: "
+        "give all machines the same folder, or copy it"
+    )
+    of_there = tmp_path / "there" / "run" / "checkpoints"
+    (of_there / "00000003").rename(of_there / "00000006")
+    progress = of_there / "00000006" / "progress.json"
+    progress.write_text(progress.read_text().replace('"attempts": 6', '"attempts": 7'))
+    (line,) = said(sabotaged(tmp_path, body, "--resume", "run"))
+    assert line.startswith("rank 1: run/checkpoints/00000006 is not that of rank 0 (Progress(update=6, attempts=7")
+    progress.write_text(progress.read_text().replace('"attempts": 7', '"attempts": 6'))
+    (of_there / "00000006").rename(of_there / "00000007")
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "00000006", of_there / "00000006")
+    sabotaged(tmp_path, body, "--resume", "run", fails=False)  # a newer one elsewhere does not count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_does_not_answer_ends_the_run(tmp_path: Path, text: Path, rank: int) -> None:
+    body = f"""
+parallel._TIMEOUT = timedelta(seconds=6)
+if rank == {rank}: train.Batches.batch = after(train.Batches.batch, 5, lambda: time.sleep(20))
+"""
+    run = sabotaged(tmp_path, body, *options(text), "--out", "run")
+    (line,) = said(run)
+    assert "another process of this run has not answered for 0.1 minutes" in line
+
+
+@pytest.mark.slow
+def test_long_work_of_one_process_is_waited_for(tmp_path: Path, text: Path) -> None:
+    body = """
+parallel._TIMEOUT = timedelta(seconds=6)
+prepare = train.prepare
+def slow(*arguments, **options):
+    time.sleep(10)
+    return prepare(*arguments, **options)
+train.prepare = slow
+"""
+    sabotaged(tmp_path, body, *options(text, steps=8), "--out", "run", fails=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_joins_is_not_waited_for(tmp_path: Path, rank: int) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("{body}", "parallel._TIMEOUT = timedelta(seconds=1)"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    run = subprocess.run(
+        command(1, program=(str(program),)),
+        env={**environment(tmp_path), **{name: str(value) for name, value in place.items()}},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    (line,) = said(run)
+    assert line.startswith(f"rank {rank}: the 2 processes have not all met within 0.0166667 minutes (")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_whose_base_keeps_no_state_goes_on(tmp_path: Path, text: Path) -> None:
+    """Plain SGD, in the warm start and after it; the weights end bitwise where they would have."""
+    settings = [*options(text), "--base", "sgd", "--betas", 0, 0, "--shard", "--save-every", 2, "--keep", 9]
+    pretrain(tmp_path, 2, *settings, "--out", "whole").check_returncode()
+    for stop in (2, 6):
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        for path in (tmp_path / "run" / "checkpoints").iterdir():
+            if int(path.name) > stop:
+                shutil.rmtree(path)
+        pretrain(tmp_path, 2, "--resume", "run").check_returncode()
+        exports = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("whole", "run")]
+        assert exports[0] == exports[1]
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=str)
+def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved(
+    tmp_path: Path, text: Path, shard: tuple[str, ...]
+) -> None:
+    """The second checkpoint finds no room: files of the main process have 1 MB at most from then on."""
+    body = """
+def fill():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+if rank == 0: train.save_checkpoint = after(train.save_checkpoint, 2, fill)
+"""
+    run = sabotaged(tmp_path, body, *options(text), "--save-every", 3, "--out", "run", *shard)
+    (line,) = said(run)
+    assert line.startswith("rank 0: checkpoint run/checkpoints/00000003 could not be written: ")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["00000000"]
+    pretrain(tmp_path, 1, "--resume", "run").check_returncode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_while_it_prepares_says_so_once(tmp_path: Path, text: Path, number: int) -> None:
+    body = "train.prepare = after(train.prepare, 1, lambda: (open(f'ready{rank}', 'w').close(), time.sleep(60)))"
+    (tmp_path / "program.py").write_text(PROGRAM.replace("{body}", body))
+    running = subprocess.Popen(
+        command(2, *options(text), "--out", "run", program=("program.py",)),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "ready0").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=60)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode != 0
+    assert errors.count("relora-opt: rank ") == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(World, "sum", lambda _, value: [value * 2])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    message = "2 processes on a machine with 1 GPU, .*: start torchrun with --nproc-per-node 1, or give --device cpu"
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=message):
+            World(rank, rank, 2).on_device("auto")
+    monkeypatch.setattr(World, "sum", lambda _, value: [value])
+    with pytest.raises(UserError, match="1 of 2 processes have a GPU"):
+        World(0, 0, 2).on_device("cuda")
+
+
+def test_a_text_to_exit_with_is_no_success_in_one_of_several_processes(tmp_path: Path) -> None:
+    code = "import sys; from relora_opt_cli import app; app._run = lambda: sys.exit('that went wrong'); app.main()"
+    for size in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment(tmp_path), "WORLD_SIZE": size},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (run.returncode, run.stderr) == (1, "that went wrong\n")
 
 
 def test_one_process_cannot_be_sharded(tmp_path: Path, text: Path) -> None:
@@ -192,7 +489,7 @@ def test_an_environment_of_half_a_launcher_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE=2 without RANK"), world("cpu"):
+    with pytest.raises(UserError, match="WORLD_SIZE=2 without RANK"), world():
         pass
 
 
@@ -205,7 +502,7 @@ def test_shares_make_up_the_batch_in_order() -> None:
 
 
 def test_one_process_needs_nobody() -> None:
-    with world("cpu") as alone:
+    with world() as alone:
         assert alone.sum(1.5, 2.0) == [1.5, 2.0]
         assert alone.from_main("x") == "x"
         assert alone.on_main(lambda: 3) == alone.main_first(lambda: 3) == 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from relora_opt_cli.config import UserError
-from relora_opt_cli.metrics import Row, read_metrics, truncate_metrics
+from relora_opt_cli.metrics import MetricsFile, Row, read_metrics, truncate_metrics
 from relora_opt_cli.report import Summary, View, print_summary
 from rich.console import Console
 
@@ -155,6 +157,25 @@ def test_truncation_keeps_the_rows_up_to_an_update_and_leaves_nothing_else_behin
     truncate_metrics(path, after_update=6)
     assert path.read_text() == "".join(row.to_json() + "\n" for row in rows[:7])
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_row_that_finds_no_room_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        closing(MetricsFile(tmp_path / "metrics.jsonl")) as file,
+        pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space"),
+    ):
+        file.write("{}\n")
+    with pytest.raises(UserError, match=r"nowhere/metrics.jsonl cannot be written: No such file"):
+        MetricsFile(tmp_path / "nowhere" / "metrics.jsonl")
+
+
+def test_rows_are_written_at_once(tmp_path: Path) -> None:
+    with closing(MetricsFile(tmp_path / "metrics.jsonl")) as file:
+        file.write("a\n")
+        file.write("b\n")
+        assert (tmp_path / "metrics.jsonl").read_text() == "a\nb\n"
 
 
 def test_truncating_missing_metrics_does_nothing(tmp_path: Path) -> None:

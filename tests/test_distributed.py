@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import MLP, batch, differences, jagged_schedule, mlp, mse, relora, selected_weights
+from models import MLP, batch, differences, jagged_schedule, mlp, mse, relora, selected_weights, stepper
 from ranks import Ranks, reset_accelerate
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -463,7 +463,7 @@ def ddp_around_the_functional_model(rank: int, use_reentrant: bool | None, init:
     wrapped = DistributedDataParallel(f)
     counted = Counted(wrapped)
     train(wrapped, optimizer, range(3, LAST), rank)
-    step = alone.make_step(one, mse, compile=False)
+    step = stepper("functional", alone, one)
     for u in range(LAST):
         step(*batch(u))
     for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):

@@ -1,14 +1,14 @@
 """`make_step(process_group=...)`: several processes train what one process would on all of their batches."""
 
-from collections.abc import Callable
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import batch, mlp
+from ranks import Ranks
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, gradients
@@ -43,7 +43,9 @@ def train(process_group: dist.ProcessGroup | None, rank: int, **settings: Any) -
 
 
 def trains_alike(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
-    return train(group, rank, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13's compiler uses what torch 2.13 deprecates
+        return train(group, rank, **settings)
 
 
 def skips_together(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
@@ -60,16 +62,61 @@ def skips_together(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]
     return optimizer.num_updates
 
 
+def starts_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """Weights, a buffer, 16-bit masters, factors and seeds are of each process's own; a weight is not contiguous."""
+    dtype = settings["dtype"]
+    torch.manual_seed(rank)
+    model = mlp(dtype, seed=rank)
+    model.first.weight.data = model.first.weight.data.t().contiguous().t()
+    model.register_buffer("shift", torch.full((3,), rank == 1))
+    schedule = JaggedSchedule(2, restart_warmup=1, warm_start=2)
+    optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, lr=0.01, schedule=schedule, seed=rank)
+    alone = optimizer.functional(model)
+    for index in range(settings["alone"]):
+        loss_fn(alone, *batch(rank + index, dtype)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step = optimizer.make_step(model, loss_fn, compile=False, process_group=group)
+    seen = []
+    for index in range(5):
+        step(*(part.tensor_split(SIZE)[rank] for part in batch(index, dtype)))
+        masters = [entry["master"] for entry in optimizer.state.values() if "master" in entry]
+        seen.append([tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers(), *masters)])
+    return seen
+
+
+def refuses_to_train_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """`dist.group.WORLD`, read before the processes have met, is None; here they meet after the step was made."""
+    model = mlp()
+    with pytest.raises(ValueError, match=r"make_step without process_group in one of 2 processes.*group\.WORLD, read"):
+        optimizer_of(model).make_step(model, loss_fn, compile=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        optimizer = optimizer_of(model)
+        step = optimizer.make_step(model, loss_fn, compile=False)
+    with pytest.raises(ValueError, match="make_step without process_group in one of 2 processes"):
+        step(*batch(0))
+    assert optimizer.num_updates == 0
+
+
+def refuses_other_models(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    model = nn.Linear(4 + rank, 4)
+    optimizer = ReLoRAOptimizer(model, rank=2, lr=0.01, targets=["weight"])
+    with pytest.raises(ValueError, match="rank 1 of it has another model or clock than rank 0"):
+        optimizer.make_step(model, loss_fn, compile=False, process_group=group)
+
+
 def averages(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
     """One gradient is everywhere, one on the first process alone (sparse), one nowhere; small buckets, two dtypes."""
-    gradients._BUCKET_SIZE = 4
     sizes = (3, 2, 5, 1, 2)
     tensors = [torch.zeros(n, dtype=torch.float64 if n == 5 else torch.float32, requires_grad=True) for n in sizes]
     for tensor in (tensors[0], tensors[2], tensors[4]):
         tensor.grad = torch.full_like(tensor, 1.0 + rank)
     if rank == 0:
         tensors[1].grad = torch.ones(2).to_sparse()
-    gradients.average_(tensors, group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "_BUCKET_SIZE", 4)
+        gradients.average_(tensors, group)
     return [None if tensor.grad is None else tensor.grad.tolist() for tensor in tensors]
 
 
@@ -81,23 +128,23 @@ def averages_half(rank: int, group: dist.ProcessGroup, settings: dict[str, Any])
     return half.grad.tolist()
 
 
-def _process(rank: int, folder: str, work: Callable[..., Any], settings: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
-    try:
-        assert dist.group.WORLD is not None
-        torch.save(work(rank, dist.group.WORLD, settings), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    group = Ranks(SIZE)
+    yield group
+    group.stop()
 
 
-def on_all(folder: Path, work: Callable[..., Any], **settings: Any) -> list[Any]:
+def _with_group(rank: int, work: Callable[..., Any], settings: dict[str, Any]) -> Any:
+    return work(rank, dist.group.WORLD, settings)
+
+
+def on_all(ranks: Ranks, work: Callable[..., Any], **settings: Any) -> list[Any]:
     """Return what the work gives in each of SIZE processes."""
-    mp.spawn(_process, (str(folder), work, settings), nprocs=SIZE)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
+    return ranks.run(_with_group, work, settings)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13's compiler uses what torch 2.13 deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as in trains_alike
 @pytest.mark.parametrize(
     "settings",
     [
@@ -106,21 +153,39 @@ def on_all(folder: Path, work: Callable[..., Any], **settings: Any) -> list[Any]
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
 )
-def test_processes_train_what_one_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_processes_train_what_one_does(ranks: Ranks, settings: dict[str, Any]) -> None:
     whole = train(None, 0, **settings)
-    first, second = on_all(tmp_path, trains_alike, **settings)
+    first, second = on_all(ranks, trains_alike, **settings)
     for name, weight in whole.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
 
 
-def test_an_update_is_skipped_by_all_or_none(tmp_path: Path) -> None:
-    assert on_all(tmp_path, skips_together) == [1, 1]
+@pytest.mark.parametrize("settings", [{"dtype": torch.float32, "alone": 0}, {"dtype": torch.bfloat16, "alone": 3}])
+def test_processes_that_start_apart_train_alike_from_the_first_update_on(
+    ranks: Ranks, settings: dict[str, Any]
+) -> None:
+    first, second = on_all(ranks, starts_apart, **settings)
+    for update, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+        assert len(ours) == len(theirs)
+        assert all(map(torch.equal, ours, theirs)), update
 
 
-def test_gradients_that_some_processes_lack_count_as_zero(tmp_path: Path) -> None:
-    assert on_all(tmp_path, averages) == [[[1.5] * 3, [0.5] * 2, [1.5] * 5, None, [1.5] * 2]] * 2
+def test_processes_that_would_train_apart_are_refused(ranks: Ranks) -> None:
+    assert on_all(ranks, refuses_to_train_apart) == [None, None]
 
 
-def test_a_16_bit_mean_does_not_overflow_and_frozen_parameters_stay_at_home(tmp_path: Path) -> None:
-    assert on_all(tmp_path, averages_half) == [[40_000.0] * 3] * 2
+def test_processes_with_different_models_are_refused_in_all_of_them(ranks: Ranks) -> None:
+    assert on_all(ranks, refuses_other_models) == [None, None]
+
+
+def test_an_update_is_skipped_by_all_or_none(ranks: Ranks) -> None:
+    assert on_all(ranks, skips_together) == [1, 1]
+
+
+def test_gradients_that_some_processes_lack_count_as_zero(ranks: Ranks) -> None:
+    assert on_all(ranks, averages) == [[[1.5] * 3, [0.5] * 2, [1.5] * 5, None, [1.5] * 2]] * 2
+
+
+def test_a_16_bit_mean_does_not_overflow_and_frozen_parameters_stay_at_home(ranks: Ranks) -> None:
+    assert on_all(ranks, averages_half) == [[40_000.0] * 3] * 2
