@@ -238,5 +238,5 @@ def test_muon_gets_the_factors_as_the_matrices_they_are() -> None:
 
 
 def test_muon_refuses_by_name_what_is_not_a_matrix() -> None:
-    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
+    with pytest.raises(ValueError, match=r"stem\.bias \(7,\) is no matrix, and Muon takes nothing else: "):
         ReLoRAOptimizer(mlp(), torch.optim.Muon, rank=2)
