@@ -61,6 +61,8 @@ class ProjectedGradient(Tensor):
                 return cls(gradient, gradient.parts, gradient.factors, gradient.scale)
             if func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs and not isinstance(rest[0], cls):
                 return gradient._plus(rest[0], in_place=func is aten.add_.Tensor)
+            if func is aten.zero_.default:
+                return gradient._zero()
             if func in _LINEAR and not any(isinstance(value, Tensor) and value.dim() for value in rest):
                 for part in gradient._unused():
                     func(part, *rest)
@@ -68,6 +70,10 @@ class ProjectedGradient(Tensor):
             if func is aten.linalg_vector_norm.default and not kwargs and rest[1:2] in ([], [None]):
                 norms = [func(part, *rest) for part in gradient._unused()]
                 return func(torch.stack(norms), *rest)
+        if func is aten._foreach_zero_.default:
+            for one in gradient:
+                one.zero_()
+            return None
         if func in _LINEAR_LISTS:
             for one in gradient:  # each by itself: they need not be of one dtype
                 for tensor in one._unused() if isinstance(one, cls) else (one,):
@@ -88,6 +94,11 @@ class ProjectedGradient(Tensor):
             )
         parts, self.parts = self._unused(), None
         return parts
+
+    def _zero(self) -> ProjectedGradient:
+        A, B = self.factors
+        self.parts = (torch.zeros_like(A), torch.zeros_like(B))
+        return self
 
     def _plus(self, dense: Tensor, *, in_place: bool) -> ProjectedGradient:
         with torch.no_grad():
@@ -111,9 +122,8 @@ class ProjectedGradient(Tensor):
         return f"ProjectedGradient({tuple(self.shape)}, {'used' if self.parts is None else 'kept as those of factors'})"
 
 
-_LINEAR = (aten.zero_.default, aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
+_LINEAR = (aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
 _LINEAR_LISTS = (
-    aten._foreach_zero_.default,
     aten._foreach_mul_.Scalar,
     aten._foreach_mul_.Tensor,
     aten._foreach_div_.Scalar,

@@ -72,6 +72,7 @@ class Plan(NamedTuple):
     max_grad_norm: float | None
     factor_lr: float
     splits_groups: bool
+    release_grads: bool
 
 
 class Run(NamedTuple):
@@ -101,6 +102,7 @@ def plans(draw: st.DrawFn) -> Plan:
         max_grad_norm=draw(st.sampled_from([None, 0.5])),
         factor_lr=draw(st.sampled_from([1.0, 2.0])),
         splits_groups=draw(st.booleans()),
+        release_grads=draw(st.booleans()),
     )
 
 
@@ -122,6 +124,7 @@ def build(plan: Plan, added: list[int], *, seed: int = 0) -> Run:
         prune=plan.strategy,
         factor_lr=plan.factor_lr,
         max_grad_norm=plan.max_grad_norm,
+        release_grads=plan.release_grads,
         **options,
     )
     run = Run(model, optimizer)
@@ -252,6 +255,7 @@ class Contract(RuleBasedStateMachine):
 
     @rule(set_to_none=st.booleans())
     def compute_gradients_in_vain(self, set_to_none: bool) -> None:
+        self.live.optimizer.zero_grad(set_to_none=set_to_none)  # released ones of the last step are used up
         self.live.optimizer.functional(self.live.model)(data(0, self.plan.widths[0])).sum().backward()
         self.live.model(data(1, self.plan.widths[0])).sum().backward()
         self.live.optimizer.zero_grad(set_to_none=set_to_none)

@@ -21,6 +21,7 @@ DISTRIBUTED = {path for path in EXAMPLES if "init_process_group" in path.read_te
 OUTSIDE = {
     "with_lightning": "lightning",
     "with_bitsandbytes": "bitsandbytes",
+    "with_torchao": "torchao.optim",
 }  # what the `dev` extra does not bring; see examples/README.md
 SAYS = {  # what is printed at the end
     "ddp": r"rank \d: 2 restarts, loss 0\.\d+\n$",
@@ -35,6 +36,7 @@ SAYS = {  # what is printed at the end
     "muon_beside_adamw": r"update 100: loss 0\.0\d+, restarts 4\n$",
     "plain_loop": r"60 updates, 2 restarts\n$",
     "with_bitsandbytes": r"2 restarts, loss 0\.0\d+, \d+ bytes",
+    "with_torchao": r"2 restarts, loss 0\.0\d+, \d+ bytes, \['OptimState8bit', 'Tensor'\]\n$",
     "with_accelerate": r"^1 processes, 60 updates, 2 restarts, loss 0\.[12]\d+\n$",
     "with_lightning": r"60 updates, 2 restarts, loss 0\.\d+\n$",
 }

@@ -30,6 +30,28 @@ def test_an_accelerator_trains_as_the_cpu_does(compile: bool) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-10)  # float64; other kernels over 20 updates of Adam
 
 
+@pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("release_grads", [False, True])
+def test_the_implementations_of_a_base_train_alike_there(options: dict[str, bool], release_grads: bool) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None, "no accelerator: these tests need one"
+    runs = []
+    for own in (options, {}):
+        model = mlp(torch.float64).to(device)
+        schedule = JaggedSchedule(6, restart_warmup=2, warm_start=4)
+        optimizer = ReLoRAOptimizer(
+            model, torch.optim.AdamW, rank=2, schedule=schedule, lr=1e-2, release_grads=release_grads, **own
+        )
+        for index in range(20):
+            model(batch(index, torch.float64)[0].to(device)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.num_restarts == 2
+        runs.append(model.state_dict())
+    for name, ours in runs[0].items():
+        torch.testing.assert_close(ours, runs[1][name], rtol=1e-8, atol=1e-10)
+
+
 def test_a_state_moves_between_devices() -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None, "no accelerator: these tests need one"

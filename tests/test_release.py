@@ -381,6 +381,9 @@ def test_a_gradient_serves_one_step() -> None:
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"call zero_grad\(\) between step\(\) and the next backward\(\)"):
         mse(model, *batch(0)).backward()
+    optimizer.zero_grad(set_to_none=False)
+    mse(model, *batch(0)).backward()
+    optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
