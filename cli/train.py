@@ -549,7 +549,7 @@ def _tokenizer_file(config: Config, folder: Path) -> Path | None:
 
 
 def _say(processes: World, text: str) -> None:
-    Console(quiet=not processes.is_main).print(text, markup=False, highlight=False)
+    Console(quiet=not processes.is_main).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _set_threads(config: Config) -> None:
