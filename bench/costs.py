@@ -3,7 +3,7 @@
 For a weight (m, n), T tokens and rank r, multiplications and additions counted apart:
 
     full rank                    6 T m n                                forward, both halves of the backward pass
-    projecting its gradient      6 T m n + 4 m n r                      GaLore and its kin; APOLLO projects once
+    projecting its gradient      6 T m n + 4 m n r                      GaLore, there and back; APOLLO 2 m n r, Fira 6
     ours, dense path             6 T m n + 8 m n r                      both projections, and the update of rank 2 r
     ours, functional path        4 T m n + 4 T r (m + n) + 4 m n r      no g^T x; g B, x A^T, theirs; update
     LoRA as modules              4 T m n + 6 T r (m + n)
