@@ -25,21 +25,43 @@ from .state import Entry, is_low_rank
 
 @dataclass(frozen=True)
 class Memory:
-    """Exact sizes, from the tensors that are there.
+    """Exact sizes by kind, from the tensors that are there; of sharded tensors, what this rank holds.
 
     Args:
-        num_parameters: elements of all parameters of the optimizer.
+        num_parameters: elements of all parameters of the optimizer, on all ranks.
         num_trainable: elements that the coming update trains: factors and dense parameters.
-        state_bytes: everything in `optimizer.state`: factors, the base's state, masters. Of sharded tensors, what this
-            rank holds.
-        full_rank_adamw_bytes: what AdamW would keep for the same parameters at full rank: two moments in their dtype;
-            on this rank.
+        weight_bytes: the parameters themselves.
+        gradient_bytes: the gradients of what the coming update trains, as the functional path makes them; on the dense
+            path each low-rank weight has one of its own size instead, for as long as it lives.
+        factor_bytes: A and B.
+        base_bytes: what the base optimizer keeps: moments and counters, of factors and dense parameters.
+        master_bytes: the float32 values of 16-bit weights.
+        full_rank_adamw_bytes: what AdamW would keep for the same parameters at full rank: two moments in their dtype.
     """
 
     num_parameters: int
     num_trainable: int
-    state_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    factor_bytes: int
+    base_bytes: int
+    master_bytes: int
     full_rank_adamw_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Everything in `optimizer.state`: factors, the base's state, masters."""
+        return self.factor_bytes + self.base_bytes + self.master_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, gradients and state."""
+        return self.weight_bytes + self.gradient_bytes + self.state_bytes
+
+    @property
+    def full_rank_total_bytes(self) -> int:
+        """The same of full-rank AdamW: weights, a gradient of each trained one, two moments."""
+        return self.weight_bytes + self.full_rank_adamw_bytes // 2 + self.full_rank_adamw_bytes
 
 
 @dataclass(frozen=True)
@@ -103,17 +125,25 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
     if not isinstance(optimizer, ReLoRAOptimizer):
         raise TypeError(f"memory of a {type(optimizer).__name__}: give the ReLoRAOptimizer, memory(optimizer)")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    num_trainable = 0
+    trained: list[Tensor] = []
     for group in optimizer.param_groups:
         has_factors = group["rank"] > 0 and optimizer.is_low_rank
         for p in group["params"]:
             entry = optimizer.state.get(p)
             factors = (entry["A"], entry["B"]) if is_low_rank(entry) else optimizer.factors(p) if has_factors else (p,)
-            num_trainable += sum(t.numel() for t in factors if t.requires_grad)
+            trained += [factor for factor in factors if factor.requires_grad]
+    low_rank = [entry for entry in optimizer.state.values() if is_low_rank(entry)]
+    factor_bytes = sum(_bytes(entry[name]) for entry in low_rank for name in ("A", "B"))
+    master_bytes = sum(_bytes(entry["master"]) for entry in low_rank if "master" in entry)
+    held = sum(map(_bytes, _tensors(list(optimizer.state.values()))))
     return Memory(
         num_parameters=sum(p.numel() for p in parameters),
-        num_trainable=num_trainable,
-        state_bytes=sum(map(_bytes, _tensors(list(optimizer.state.values())))),
+        num_trainable=sum(p.numel() for p in trained),
+        weight_bytes=sum(map(_bytes, parameters)),
+        gradient_bytes=sum(map(_bytes, trained)),
+        factor_bytes=factor_bytes,
+        base_bytes=held - factor_bytes - master_bytes,
+        master_bytes=master_bytes,
         full_rank_adamw_bytes=sum(2 * _bytes(p) for p in parameters if p.requires_grad),
     )
 

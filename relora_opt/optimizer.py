@@ -58,7 +58,7 @@ from .state import (
 )
 
 if TYPE_CHECKING:
-    from .metrics import Metrics
+    from .metrics import Memory, Metrics
     from .step import FunctionalModel, Step
 
 Group = dict[str, Any]
@@ -499,6 +499,12 @@ class ReLoRAOptimizer(Optimizer):
             return measure(self, watched)
         finally:
             self._drafts = drafts  # sizes may have drawn some
+
+    def memory(self) -> Memory:
+        """Return the exact bytes of weights, gradients and state, by kind, and what full-rank AdamW needs."""
+        from .metrics import memory
+
+        return memory(self)
 
     def functional(self, model: nn.Module) -> FunctionalModel:
         """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""

@@ -37,13 +37,18 @@ def trained(
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.float64, 8), (torch.bfloat16, 2)], ids=str)
 def test_in_the_warm_start_everything_is_trained_at_full_rank(dtype: torch.dtype, width: int) -> None:
     _, optimizer = trained(2, dtype)
-    moments = 2 * (SELECTED + DENSE) * width
+    weights = (SELECTED + DENSE) * width
     assert memory(optimizer) == Memory(
         num_parameters=SELECTED + DENSE,
         num_trainable=SELECTED + DENSE,
-        state_bytes=moments + (NUM_DENSE_TENSORS + 2) * STEP,
-        full_rank_adamw_bytes=moments,
+        weight_bytes=weights,
+        gradient_bytes=weights,
+        factor_bytes=0,
+        base_bytes=2 * weights + (NUM_DENSE_TENSORS + 2) * STEP,
+        master_bytes=0,
+        full_rank_adamw_bytes=2 * weights,
     )
+    assert memory(optimizer).full_rank_total_bytes == 4 * weights
 
 
 @pytest.mark.parametrize("num_updates", [3, 4, 7, 12], ids=lambda u: f"after {u}")
@@ -62,9 +67,16 @@ def test_in_the_low_rank_phase_there_are_factors_their_moments_and_the_masters_o
     assert memory(optimizer) == Memory(
         num_parameters=SELECTED + DENSE,
         num_trainable=FACTORS + DENSE,
-        state_bytes=copies * FACTORS * factor_width + SELECTED * master_width + 2 * DENSE * width + num_counters * STEP,
+        weight_bytes=(SELECTED + DENSE) * width,
+        gradient_bytes=FACTORS * factor_width + DENSE * width,
+        factor_bytes=FACTORS * factor_width,
+        base_bytes=(copies - 1) * FACTORS * factor_width + 2 * DENSE * width + num_counters * STEP,
+        master_bytes=SELECTED * master_width,
         full_rank_adamw_bytes=2 * (SELECTED + DENSE) * width,
     )
+    sizes = optimizer.memory()
+    assert sizes.state_bytes == sizes.factor_bytes + sizes.base_bytes + sizes.master_bytes
+    assert sizes.total_bytes == sizes.state_bytes + sizes.weight_bytes + sizes.gradient_bytes
 
 
 def test_sgd_with_momentum_keeps_one_tensor_a_parameter() -> None:
@@ -96,7 +108,11 @@ def test_frozen_parameters_are_not_trained_and_cost_adamw_nothing() -> None:
     assert memory(optimizer) == Memory(
         num_parameters=SELECTED + DENSE,
         num_trainable=FACTORS + DENSE - frozen,
-        state_bytes=3 * FACTORS * 4 + 2 * (DENSE - frozen) * 4 + (NUM_DENSE_TENSORS - 2 + 4) * STEP,
+        weight_bytes=(SELECTED + DENSE) * 4,
+        gradient_bytes=(FACTORS + DENSE - frozen) * 4,
+        factor_bytes=FACTORS * 4,
+        base_bytes=2 * FACTORS * 4 + 2 * (DENSE - frozen) * 4 + (NUM_DENSE_TENSORS - 2 + 4) * STEP,
+        master_bytes=0,
         full_rank_adamw_bytes=2 * (SELECTED + DENSE - frozen) * 4,
     )
 
@@ -107,7 +123,7 @@ def test_tied_weights_count_once_and_rank_0_is_full_rank() -> None:
     optimizer = ReLoRAOptimizer(model, torch.optim.AdamW, rank=0)
     model(torch.arange(9)).sum().backward()
     optimizer.step()
-    assert memory(optimizer) == Memory(72, 72, 2 * 72 * 4 + STEP, 2 * 72 * 4)
+    assert memory(optimizer) == Memory(72, 72, 72 * 4, 72 * 4, 0, 2 * 72 * 4 + STEP, 0, 2 * 72 * 4)
 
 
 def test_batches_of_matrices_are_counted_whole() -> None:
@@ -120,7 +136,8 @@ def test_batches_of_matrices_are_counted_whole() -> None:
     optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, targets=["stacked"], lr=0.1)
     model.stacked.square().sum().backward()
     optimizer.step()
-    assert memory(optimizer) == Memory(90, 3 * 2 * (6 + 5), 3 * 2 * (6 + 5) * 4, 2 * 90 * 4)
+    factors = 3 * 2 * (6 + 5)
+    assert memory(optimizer) == Memory(90, factors, 90 * 4, factors * 4, factors * 4, 0, 0, 2 * 90 * 4)
 
 
 # ---- metrics()
