@@ -6,6 +6,7 @@ For a weight (m, n), T tokens and rank r, multiplications and additions counted 
     projecting its gradient      6 T m n + 4 m n r                      GaLore, there and back; APOLLO 2 m n r, Fira 6
     ours, dense path             6 T m n + 8 m n r                      both projections, and the update of rank 2 r
     ours, functional path        4 T m n + 4 T r (m + n) + 4 m n r      no g^T x; g B, x A^T, theirs; update
+                                                                        (never more than the dense path)
     LoRA as modules              4 T m n + 6 T r (m + n)
 
 The output head costs 6 T V d in all of them, and attention 12 T t d a layer for sequences of t tokens. What is not a
@@ -53,7 +54,9 @@ COSTS: dict[str, Cost] = {
     "apollo": lambda T, m, n, r: 6 * T * m * n + 2 * m * n * r,
     "fira": lambda T, m, n, r: 6 * T * m * n + 6 * m * n * r,
     "dense": lambda T, m, n, r: 6 * T * m * n + 8 * m * n * r,
-    "functional": lambda T, m, n, r: 4 * T * m * n + 4 * T * r * (m + n) + 4 * m * n * r,
+    "functional": lambda T, m, n, r: (
+        4 * T * m * n + min(4 * T * r * (m + n), 2 * T * m * n + 4 * m * n * r) + 4 * m * n * r
+    ),
     "peft": lambda T, m, n, r: 4 * T * m * n + 6 * T * r * (m + n),
 }
 

@@ -4,9 +4,9 @@
     step = optimizer.make_step(model, ...)   loss = step(batch)
 
 `torch.func.functional_call` swaps every selected weight W for a `LowRankWeight`, so that the backward pass delivers
-dA and dB and never forms dL/dW. The swap must last until the backward pass is over, because activation checkpointing
-runs the forward again inside it: `Step` calls backward within the functional call, and `FunctionalModel` swaps in
-again when the first output gradient arrives.
+dA and dB and keeps no dL/dW. The swap must last until the backward pass is over, because activation checkpointing runs
+the forward again inside it: `Step` calls backward within the functional call, and `FunctionalModel` swaps in again when
+the first output gradient arrives.
 
 `Step` compiles the forward and lets AOTAutograd derive the backward. `torch.func.grad_and_value` inside a compiled
 function drops custom backwards in silence (pytorch#193279).

@@ -5,7 +5,8 @@ scale s. An operation on it returns what the same operation on W returns, bitwis
 
     dA = s B^T G,   dB = s G A^T,   G = dL/dW.
 
-Products `x W^T`, however they are spelled, never form G: dB = s g^T (x A^T), dA = s (g B)^T x, with g = dL/dy. Any
+Products `x W^T`, however they are spelled, do not form G: dB = s g^T (x A^T), dA = s (g B)^T x, with g = dL/dy; unless
+the rank is so large (about n / 4) that G = g^T x takes fewer operations, one weight at a time. Any
 other operation goes through the universal function, which is W forward and projects the dense G backward. No operation
 ever sees the bare tensor, because it would drop the factors' gradients in silence: the `LowRankWeight` is itself an
 output of the universal function, for autograd functions and whatever else does not ask `__torch_function__`.
@@ -83,6 +84,14 @@ def project(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tens
         return (B.mT @ G) * scale, (G @ A.mT) * scale
 
 
+def is_dense_cheaper(num_tokens: int, m: int, n: int, rank: int) -> bool:
+    """Say whether forming G = g^T x and projecting it takes fewer operations than the products that avoid it.
+
+    2 T m n + 4 m n r against 4 T r (m + n): for a square weight, from about r = n / 4 on where T is large.
+    """
+    return 2 * m * n * (num_tokens + 2 * rank) < 4 * num_tokens * rank * (m + n)
+
+
 class _Projected(torch.autograd.Function):
     """The universal function: W forward, the projection of the dense gradient backward."""
 
@@ -119,8 +128,11 @@ class _LowRankLinear(torch.autograd.Function):
             dx = g @ (_projected(W, A, B, ctx.scale) if torch.is_grad_enabled() else W)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        dA = ((rows @ B).mT @ x_rows) * ctx.scale
-        dB = (rows.mT @ (x_rows @ A.mT)) * ctx.scale
+        if is_dense_cheaper(len(rows), *W.shape, len(A)):
+            dA, dB = project(rows.mT @ x_rows, A, B, ctx.scale)
+        else:
+            dA = ((rows @ B).mT @ x_rows) * ctx.scale
+            dB = (rows.mT @ (x_rows @ A.mT)) * ctx.scale
         return dx, None, dbias, dA, dB, None
 
 
