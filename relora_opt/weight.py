@@ -128,7 +128,7 @@ class _LowRankLinear(torch.autograd.Function):
             dx = g @ (_projected(W, A, B, ctx.scale) if torch.is_grad_enabled() else W)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        if is_dense_cheaper(len(rows), *W.shape, len(A)):
+        if is_dense_cheaper(len(rows), W.shape[0], W.shape[1], len(A)):
             dA, dB = project(rows.mT @ x_rows, A, B, ctx.scale)
         else:
             dA = ((rows @ B).mT @ x_rows) * ctx.scale
