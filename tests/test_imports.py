@@ -12,7 +12,7 @@ import relora_opt
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "relora_opt").glob("*.py"))
-CLI = sorted((ROOT / "cli").glob("*.py"))
+CLI = sorted((ROOT / "cli").rglob("*.py"))
 STANDARD = sys.stdlib_module_names
 
 # What every room of the library may enter; what is not listed may enter none.

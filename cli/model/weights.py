@@ -1,0 +1,102 @@
+"""The weights of a Llama: drawn from a seed, or copied from safetensors files.
+
+Keys are Hugging Face's. Everything is checked before anything is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..config import UserError
+from .network import Llama
+from .shape import read_json
+
+
+@torch.no_grad()
+def init_weights(model: Llama, *, seed: int) -> None:
+    """Draw every matrix from normal(0, initializer_range), set norms to 1 and biases to 0.
+
+    One generator on the CPU, in the order of the parameters' names: the same on every device, no global randomness.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 2:
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.copy_(drawn.normal_(0.0, model.config.initializer_range, generator=generator))
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@torch.no_grad()
+def load_weights(model: Llama, folder: Path | str) -> None:
+    """Copy model.safetensors, or the shards of its index, into `model` in place, one file at a time.
+
+    Keys must match exactly and shapes too; dtypes are converted. A tied weight may be stored under either name or both.
+    Raises UserError for missing or unreadable files, missing or unexpected keys and different shapes, all before
+    anything is copied, and for tied names with different values.
+    """
+    folder = Path(folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    files = _weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with _opened(file) as weights:
+            shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118
+    _check_keys(parameters, shapes, folder)
+    copied: set[int] = set()
+    for file in files:
+        with _opened(file) as weights:
+            for key in sorted(parameters.keys() & set(weights.keys())):
+                parameter, value = parameters[key], weights.get_tensor(key)
+                if id(parameter) in copied and not torch.equal(parameter, value.to(parameter)):
+                    raise UserError(
+                        f"{folder} holds two different values for {key!r}: set tie_word_embeddings to false"
+                    )
+                parameter.copy_(value)
+                copied.add(id(parameter))
+
+
+def _check_keys(parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    remedy = "use the config.json and the tokenizer that belong to these weights"
+    # Llama exports of 2023 also hold the rotary frequencies, which are computed here.
+    stored = {key: shape for key, shape in shapes.items() if not key.endswith("rotary_emb.inv_freq")}
+    for key in sorted(stored.keys() - parameters.keys()):
+        raise UserError(f"{folder} holds {key!r} of shape {stored[key]}, which the model does not have: {remedy}")
+    for key in sorted(stored):
+        shape = tuple(parameters[key].shape)
+        if stored[key] != shape:
+            raise UserError(f"{key!r} has shape {stored[key]} in {folder} but {shape} in the model: {remedy}")
+    given = {id(parameters[key]) for key in stored}
+    for key, parameter in parameters.items():
+        if id(parameter) not in given:
+            raise UserError(f"{folder} lacks {key!r} of shape {tuple(parameter.shape)}: {remedy}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{folder} holds neither {single.name} nor {index.name}: give a folder of safetensors weights")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no 'weight_map' from keys to file names: download or export it again")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), framework="pt") as weights:
+            yield weights
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist although the index lists it: download or export it again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}): download or export it again") from error
