@@ -56,7 +56,7 @@ def pretrain(tmp_path: Path, size: int, *arguments: Any) -> subprocess.Completed
 PROGRAM = """
 import os, resource, signal, sys, time
 from datetime import timedelta
-from relora_opt_cli import app, checkpoint, data, parallel, train
+from relora_opt_cli import app, checkpoint, data, loop, parallel, run, saving
 
 rank = int(os.environ["RANK"])
 
@@ -262,9 +262,9 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path: Path, text: Pat
             ("option", "if rank == 1: give('--lr', '5')", "rank 1: lr=5.0, and 0.001 on rank 0: give all processes"),
             ("no options", "if rank == 1: give('--config', 'no.toml')", "rank 1: config='no.toml' cannot be read"),
             ("folder", "if rank == 0: give('--out', 'text.txt/run')", "rank 0: out='text.txt/run' cannot be"),
-            ("model", "if rank == 1: train.init_weights = fail", "rank 1: RuntimeError: the disk has melted"),
-            ("save", "if rank == 0: fails(train, 'save_checkpoint', 2)", "rank 0: RuntimeError: the disk has melted"),
-            ("batch", "if rank == 1: fails(train.Batches, 'batch', 5)", "rank 1: RuntimeError: the disk has melted"),
+            ("model", "if rank == 1: run.init_weights = fail", "rank 1: RuntimeError: the disk has melted"),
+            ("save", "if rank == 0: fails(saving, 'save_checkpoint', 2)", "rank 0: RuntimeError: the disk has melted"),
+            ("batch", "if rank == 1: fails(loop.Batches, 'batch', 5)", "rank 1: RuntimeError: the disk has melted"),
         ]
     ],
 )
@@ -287,7 +287,7 @@ def test_a_run_goes_on_as_if_a_process_had_not_died_between_an_update_and_its_ev
     """The one that dies is evaluating at the switch, after update 3; the other has made that update."""
     settings = [*options(text), "--eval-every", 50]
     pretrain(tmp_path, 1, *settings, "--out", "whole").check_returncode()
-    body = f"if rank == {victim}: train._Loop._validate = after(train._Loop._validate, 2, die)"
+    body = f"if rank == {victim}: loop.Loop._validate = after(loop.Loop._validate, 2, die)"
     (line,) = said(sabotaged(tmp_path, body, *settings, "--out", "run", "--save-every", 50))
     assert line == (
         f"rank {1 - victim}: another process of this run has ended without a word, killed perhaps; "
@@ -349,7 +349,7 @@ def test_a_run_is_resumed_from_the_main_process_s_checkpoint_or_not_at_all(tmp_p
 def test_a_process_that_does_not_answer_ends_the_run(tmp_path: Path, text: Path, rank: int) -> None:
     body = f"""
 parallel._TIMEOUT = timedelta(seconds=6)
-if rank == {rank}: train.Batches.batch = after(train.Batches.batch, 5, lambda: time.sleep(20))
+if rank == {rank}: loop.Batches.batch = after(loop.Batches.batch, 5, lambda: time.sleep(20))
 """
     run = sabotaged(tmp_path, body, *options(text), "--out", "run")
     (line,) = said(run)
@@ -360,11 +360,11 @@ if rank == {rank}: train.Batches.batch = after(train.Batches.batch, 5, lambda: t
 def test_long_work_of_one_process_is_waited_for(tmp_path: Path, text: Path) -> None:
     body = """
 parallel._TIMEOUT = timedelta(seconds=6)
-prepare = train.prepare
+prepare = run.prepare
 def slow(*arguments, **options):
     time.sleep(10)
     return prepare(*arguments, **options)
-train.prepare = slow
+run.prepare = slow
 """
     sabotaged(tmp_path, body, *options(text, steps=8), "--out", "run", fails=False)
 
@@ -415,7 +415,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved(
 def fill():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-if rank == 0: train.save_checkpoint = after(train.save_checkpoint, 2, fill)
+if rank == 0: saving.save_checkpoint = after(saving.save_checkpoint, 2, fill)
 """
     run = sabotaged(tmp_path, body, *options(text), "--save-every", 3, "--out", "run", *shard)
     (line,) = said(run)
@@ -427,7 +427,7 @@ if rank == 0: train.save_checkpoint = after(train.save_checkpoint, 2, fill)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_while_it_prepares_says_so_once(tmp_path: Path, text: Path, number: int) -> None:
-    body = "train.prepare = after(train.prepare, 1, lambda: (open(f'ready{rank}', 'w').close(), time.sleep(60)))"
+    body = "run.prepare = after(run.prepare, 1, lambda: (open(f'ready{rank}', 'w').close(), time.sleep(60)))"
     (tmp_path / "program.py").write_text(PROGRAM.replace("{body}", body))
     running = subprocess.Popen(
         command(2, *options(text), "--out", "run", program=("program.py",)),

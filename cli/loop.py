@@ -1,0 +1,207 @@
+"""The loop: one attempt after another, and what is due after each update.
+
+    attempt   one batch is served; its update is applied, or skipped where loss or gradient is not finite
+    finish    the update is evaluated where that is due, and its row written, logged and shown
+
+Batches are a function of how many were served, so an attempt is counted whether or not its update was applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relora_opt import Metrics, ReLoRAOptimizer
+
+from .build import autocast_dtype
+from .config import Config, UserError
+from .data import Batches, Corpus
+from .log import Log, numbers
+from .metrics import Phase, Row
+from .report import View
+from .run import Run
+from .saving import save
+from .shard import DenseStep
+
+_EVAL_SEQUENCES = 256  # drawn once from the held-out documents
+_SKIPS_TO_STOP = 20
+
+
+class Loop:
+    """One attempt after another."""
+
+    def __init__(self, run: Run, view: View, metrics: Any, log: Log) -> None:
+        config = run.config
+        self.run, self.view, self.metrics, self.log = run, view, metrics, log
+        self.device = next(run.model.parameters()).device
+        self.dtype = autocast_dtype(config, self.device)
+        self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        self.micro_batch_size = min(config.micro_batch_size, config.batch_size // run.processes.size)
+        self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
+        self.step = self._make_step()
+        self.validation = _validation_set(run.corpus, config).to(self.device)
+        self.num_skips = 0
+        self.unfinished: Row | None = None  # of the update that is made but not reported yet
+
+    def _make_step(self) -> Callable[[Tensor], Tensor]:
+        run = self.run
+        if run.is_sharded:
+            return DenseStep(run.optimizer, run.model, self._loss, accumulate=self.accumulate, processes=run.processes)
+        return run.optimizer.make_step(
+            run.model,
+            self._loss,
+            compile=run.config.compile,
+            accumulate=self.accumulate,
+            skip_nonfinite=True,
+            process_group=run.processes.group,
+        )
+
+    def attempt(self) -> None:
+        """Serve one batch, and do what is due after its update."""
+        run, optimizer = self.run, self.run.optimizer
+        before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
+        optimizer.measures_updates = is_evaluated(run.config, before + 1)
+        batch = self.batches.batch(run.progress.attempts)
+        share = run.processes.share(batch).to(self.device)
+        losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
+        loss = float(torch.stack(losses).mean())
+        seconds = time.monotonic() - start
+        run.progress = replace(
+            run.progress,
+            update=optimizer.num_updates,
+            attempts=run.progress.attempts + 1,
+            seconds=run.progress.seconds + seconds,
+        )
+        if optimizer.num_updates != before:
+            tokens_per_second = batch[:, 1:].numel() / seconds
+            self.unfinished = self._row(phase, loss=None, tokens_per_second=tokens_per_second)
+        (loss,) = (total / run.processes.size for total in run.processes.sum(loss))
+        if self.unfinished is None:
+            self._count_skip(loss)
+            return
+        self.num_skips = 0
+        self.unfinished = replace(self.unfinished, loss=loss)
+        self._finish(self.unfinished)
+
+    def begin(self) -> None:
+        """Report the validation loss before training, or the one that a resumed run still owes."""
+        if self.run.progress.update == 0:
+            val_loss = self._validate(is_switch=False)
+            self.run.progress = replace(self.run.progress, val_loss_start=val_loss)
+            row = self._row(_phase(self.run.optimizer), loss=None, tokens_per_second=None)
+            self._report(replace(row, val_loss=val_loss))
+        elif self.run.unevaluated is not None:
+            self.unfinished = self.run.unevaluated
+            self._finish(self.unfinished)
+            save(self.run)  # the progress alone
+
+    def report_unfinished(self) -> None:
+        """Report an update as far as it is known, for a run that goes on from it; logs wait for its evaluation."""
+        row = self.unfinished
+        if row is None:
+            return
+        if not is_evaluated(self.run.config, row.update):
+            self._report(row)
+            return
+        seen = self.run.optimizer.metrics()  # its update is known here alone
+        self.metrics.write(replace(row, update_rms=_update_rms(row, seen)).to_json() + "\n")
+
+    def _finish(self, row: Row) -> None:
+        """Evaluate after an update where that is due, and report it."""
+        if is_evaluated(self.run.config, row.update):
+            row = replace(row, val_loss=self._validate(is_switch=_is_switch(self.run.config, row.update)))
+        self._report(row)
+
+    def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def _validate(self, *, is_switch: bool) -> float:
+        model, processes = self.run.model.eval(), self.run.processes
+        own = 0.0
+        for part in torch.split(self.validation, self.micro_batch_size * processes.size):
+            share = processes.share(part)
+            if len(share) or self.run.is_sharded:  # sharded models are called by all processes or none
+                loss = float(self._loss(model, share if len(share) else part[:1]))
+                own += loss * len(share)
+        model.train()
+        val_loss = processes.sum(own)[0] / len(self.validation)
+        self.run.progress = replace(self.run.progress, val_loss=val_loss)
+        if is_switch:
+            self.run.progress = replace(self.run.progress, val_loss_switch=val_loss)
+        return val_loss
+
+    def _row(self, phase: Phase, *, loss: float | None, tokens_per_second: float | None) -> Row:
+        optimizer, config = self.run.optimizer, self.run.config
+        norm = optimizer.grad_norm
+        return Row(
+            update=optimizer.num_updates,
+            tokens=optimizer.num_updates * config.batch_size * config.seq_len,
+            loss=loss,
+            val_loss=None,
+            lr=optimizer.last_lr()[0],
+            grad_norm=None if norm is None else float(norm),
+            tokens_per_second=tokens_per_second,
+            restarts=optimizer.num_restarts,
+            phase=phase,
+        )
+
+    def _report(self, row: Row) -> None:
+        """Write a row, and what the optimizer says of itself where it was evaluated: all processes must call."""
+        optimizer, seen = self.run.optimizer, None
+        if row.val_loss is not None:
+            seen = optimizer.metrics()
+            row = replace(row, low_rank_ratio=seen.low_rank_ratio, update_rms=_update_rms(row, seen))
+        self.metrics.write(row.to_json() + "\n")
+        self.unfinished = None
+        self.log.write(row.update, numbers(row, seen))
+        has_restarts = self.run.config.rank > 0
+        next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if has_restarts else None
+        is_coming = next_restart is not None and next_restart <= self.run.config.steps
+        self.view.row(row, next_restart=next_restart if is_coming else None)
+
+    def _count_skip(self, loss: float) -> None:
+        """An update that was skipped is said, and too many in a row end the run."""
+        self.num_skips += 1
+        update = self.run.optimizer.num_updates + 1
+        self.view.say(f"update {update} skipped: loss {loss} or its gradient is not finite")
+        if self.num_skips >= _SKIPS_TO_STOP:
+            raise UserError(
+                f"{self.num_skips} updates in a row had no finite loss or gradient (lr={self.run.config.lr}, "
+                f"rest_lr={self.run.config.rest_lr}): start again with lower rates"
+            )
+
+
+def is_evaluated(config: Config, update: int) -> bool:
+    return update % config.eval_every == 0 or _is_switch(config, update) or update == config.steps
+
+
+def _is_switch(config: Config, update: int) -> bool:
+    return update == config.warm_start and config.rank > 0
+
+
+def _update_rms(row: Row, seen: Metrics) -> float | None:
+    """What an update moved the weights by; of one that was made before the run was resumed, its row knows."""
+    return row.update_rms if seen.update_rms is None else seen.update_rms
+
+
+def _validation_set(corpus: Corpus, config: Config) -> Tensor:
+    """Return the held-out sequences that are evaluated, (at most _EVAL_SEQUENCES, seq_len + 1): always the same."""
+    held_out = Batches(corpus.val, seq_len=config.seq_len, batch_size=1)
+    count = min(held_out.num_blocks, _EVAL_SEQUENCES)
+    return Batches(corpus.val, seq_len=config.seq_len, batch_size=count).batch(0)
+
+
+def _phase(optimizer: ReLoRAOptimizer) -> Phase:
+    """The phase of the coming update."""
+    if optimizer.is_low_rank:
+        return "low_rank"
+    return "warm_start" if any(group["rank"] for group in optimizer.param_groups) else "full_rank"

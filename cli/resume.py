@@ -1,0 +1,60 @@
+"""Going on: a run as it was at a checkpoint, and its metrics without what will be made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import latest_checkpoint, load_state, read_progress
+from .config import Config, UserError
+from .export import MODEL_CONFIG
+from .log import remember
+from .loop import is_evaluated
+from .metrics import Row, read_metrics, truncate_metrics
+from .model import load_config, load_weights
+from .parallel import World
+from .run import METRICS, Run, prepare_run
+from .shard import WholeState
+
+
+def main_checkpoint(folder: Path, processes: World) -> Path:
+    """Return the main process's newest checkpoint, which all must see."""
+    own = latest_checkpoint(folder)
+    checkpoint = own.with_name(processes.from_main(own.name))
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint}, from which rank 0 goes on, is not there, and the newest here is {own.name}: give all "
+            "machines the same folder, or copy it"
+        )
+    return checkpoint
+
+
+def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
+    """Return a run as it was at a checkpoint."""
+    shape = load_config(Path(config.out) / MODEL_CONFIG)
+    run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
+    run.progress = read_progress(checkpoint)
+    load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
+    if run.progress.corpus != run.corpus.fingerprint:
+        raise UserError(
+            f"the texts are not those that {config.out} was trained on (data={list(config.data)}): restore them, or "
+            "start a new run with --init-from"
+        )
+    return run
+
+
+def cut_metrics(run: Run) -> Row | None:
+    """Drop the rows of updates that will be made again; drop and return one whose evaluation a lost process cut off."""
+    path, update = run.folder / METRICS, run.progress.update
+    rows = read_metrics(path) if path.exists() else []
+    last = rows[-1] if rows else None
+    if last is not None and last.update == update > 0 and last.val_loss is None and is_evaluated(run.config, update):
+        run.unevaluated = rows.pop()
+    if path.exists() and run.config.log:
+        remember(run.folder, last=max((row.update for row in rows), default=-1))
+    truncate_metrics(path, after_update=first_update(run) - 1)
+    return run.unevaluated
+
+
+def first_update(run: Run) -> int:
+    """The update of the first row to write: a run that has made none evaluates again, and writes row 0 again."""
+    return run.progress.update + (run.progress.update > 0 and run.unevaluated is None)

@@ -1,0 +1,170 @@
+"""A run in the making: its texts, model and optimizer, and the folder that says what it is.
+
+    runs/x/config.toml     every option, resolved
+           config.json     the model's shape
+           tokenizer.json
+           metrics.jsonl   one row an update
+           checkpoints/    see checkpoint.py
+
+`new_run` and `prepare_run` build; the loop trains, train.py sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from relora_opt import ReLoRAOptimizer
+
+from .build import find_device, make_optimizer, model_config, with_vocabulary
+from .checkpoint import Progress
+from .config import FIELDS, Config, UserError, to_toml
+from .data import Corpus, prepare
+from .export import MODEL_CONFIG, TOKENIZER
+from .metrics import Row
+from .model import Llama, LlamaConfig, init_weights, load_weights
+from .parallel import World
+from .shard import shard
+
+METRICS, CONFIG = "metrics.jsonl", "config.toml"
+_PLACES = ("data", "tokenizer", "model", "init_from", "out", "device", "threads")  # these may differ by machine
+
+
+@dataclass
+class Run:
+    """A run in the making: what the loop works on."""
+
+    config: Config
+    folder: Path
+    console: Console
+    corpus: Corpus
+    model: Llama
+    optimizer: ReLoRAOptimizer
+    progress: Progress
+    processes: World
+    unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
+
+    @property
+    def is_sharded(self) -> bool:
+        return _is_sharded(self.config, self.processes)
+
+
+def new_run(config: Config, processes: World) -> Run:
+    """Return a run at its beginning."""
+    if config.shard and processes.size == 1:
+        raise UserError("shard=True, but there is one process: start several with torchrun, or leave it out")
+    shape = model_config(config)
+    with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
+        make_optimizer(Llama(shape), config)
+
+    def set_weights(model: Llama) -> None:
+        if config.init_from:
+            load_weights(model, config.init_from)
+        else:
+            init_weights(model, seed=config.seed)
+
+    return prepare_run(config, shape, processes, set_weights)
+
+
+def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weights: Callable[[Llama], None]) -> Run:
+    """Read the texts and build what the loop works on."""
+    _check_shares(config, processes)
+    _set_threads(config)
+    folder, console = Path(config.out), Console(quiet=not processes.is_main)
+    with console.status("reading and tokenizing the texts"):
+        corpus = processes.main_first(
+            lambda: prepare(
+                config.data,
+                text_field=config.text_field,
+                vocab_size=config.vocab_size or shape.vocab_size,
+                tokenizer=_tokenizer_file(config, folder),
+                seq_len=config.seq_len,
+            )
+        )
+    processes.check_alike(
+        corpus.fingerprint, lambda _: f"the texts are not those of rank 0 (data={list(config.data)}): copy those"
+    )
+    shape = with_vocabulary(shape, corpus, config)
+    processes.check_alike(shape, lambda other: f"the model is {shape}, and {other} on rank 0: give all the same")
+    device = find_device(config)
+    model = Llama(shape).to(device)
+    set_weights(model)
+    if _is_sharded(config, processes):
+        shard(model, processes, compile=config.compile)
+    optimizer = make_optimizer(model, config)
+    progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
+    return Run(config, folder, console, corpus, model, optimizer, progress, processes)
+
+
+def write_folder(run: Run) -> None:
+    """Write what a run is, before it begins."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / CONFIG).write_text(to_toml(run.config), encoding="utf-8")
+        (run.folder / MODEL_CONFIG).write_text(
+            json.dumps(run.model.config.to_dict(), indent=2) + "\n", encoding="utf-8"
+        )
+        run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
+    except OSError as error:
+        raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror or error}") from error
+
+
+def check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
+
+
+def on_device(config: Config, processes: World | None) -> World:
+    """Return the processes on their devices; refuse other options than the first one's, but for places."""
+    if processes is None:
+        return World()
+    names = [name for name in FIELDS if name not in _PLACES]
+
+    def message(other: list[Any]) -> str:
+        name, theirs = next((n, v) for n, v in zip(names, other, strict=True) if v != getattr(config, n))
+        return f"{name}={getattr(config, name)!r}, and {theirs!r} on rank 0: give all processes the same options"
+
+    processes.check_alike([getattr(config, name) for name in names], message)
+    return processes.on_device(config.device)
+
+
+def say(processes: World, text: str) -> None:
+    Console(quiet=not processes.is_main).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_sharded(config: Config, processes: World) -> bool:
+    return config.shard and processes.size > 1
+
+
+def _check_shares(config: Config, processes: World) -> None:
+    """Refuse a batch that cannot be shared evenly."""
+    if config.batch_size % processes.size:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {processes.size} processes: make it a multiple"
+        )
+    share = config.batch_size // processes.size
+    if share % min(config.micro_batch_size, share):
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} must divide what each of {processes.size} processes has of "
+            f"batch_size={config.batch_size}, which is {share}"
+        )
+
+
+def _tokenizer_file(config: Config, folder: Path) -> Path | None:
+    """Return the tokenizer that need not be trained: the run's own, the one named, or the one beside the weights."""
+    if (folder / TOKENIZER).is_file():
+        return folder / TOKENIZER
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    return None if config.init_from is None else Path(config.init_from) / TOKENIZER
+
+
+def _set_threads(config: Config) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
