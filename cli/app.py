@@ -108,24 +108,25 @@ def export(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of an export, or of a run that has one.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a run, an export, a checkpoint or a Hugging Face Llama.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 means all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that have this share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Write a text with a trained model."""
+    """Write a text with a trained model: the prompt, and what follows it."""
     from .generate import generate as pieces
+    from .output import streamed_output
+    from .sampling import Sampling
 
-    text = pieces(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, device=device
-    )
-    for piece in chain([prompt], text):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = pieces(model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
+    with streamed_output() as write:
+        for piece in chain([prompt], text):
+            write(piece)
 
 
 @app.command()

@@ -1,38 +1,26 @@
-"""Proves how text is drawn from a model, from a folder to whole characters."""
+"""Proves how text is made with a model: what it reads, that reading once is enough, and that characters come whole."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from folders import CONFIG, WINDOW, small_model, write_export, write_run
 from relora_opt_cli.config import UserError
-from relora_opt_cli.generate import find_export, generate, sample
-from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+from relora_opt_cli.generate import Reader, generate
+from relora_opt_cli.model import KeyValueCache, Llama
+from relora_opt_cli.sampling import Sampling
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizer import END, byte_tokenizer
 from torch import Tensor
 
-END, WINDOW = 256, 8
-CONFIG = LlamaConfig(257, 16, 32, 1, 2, max_position_embeddings=WINDOW, eos_token_id=END)
-OPTIONS: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.0, "top_k": 0, "seed": 0, "device": "cpu"}
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer with a token a byte, whose id is the byte, and END."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    printable = [b for b in range(256) if chr(b) in alphabet]
-    others = [b for b in range(256) if b not in printable]
-    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
+GREEDY = Sampling(temperature=0)
+WIDE = dataclasses.replace(CONFIG, max_position_embeddings=64, num_hidden_layers=2, num_key_value_heads=1)
 
 
 @pytest.fixture
@@ -41,14 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return write_export(tmp_path / "model")
 
 
-def write_export(folder: Path, config: LlamaConfig = CONFIG) -> Path:
-    folder.mkdir(parents=True)
-    model = Llama(config)
-    init_weights(model, seed=0)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    save_file(dict(model.state_dict()), folder / "model.safetensors")
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
+def text(folder: Path, prompt: str = "x", *, max_new_tokens: int = 20, sampling: Sampling = GREEDY) -> str:
+    return "".join(generate(folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling))
 
 
 @pytest.fixture
@@ -58,14 +40,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[list[int]]
     def say(text: bytes) -> list[list[int]]:
         seen: list[list[int]] = []
 
-        def forward(self: Llama, input_ids: Tensor) -> Tensor:
+        def next_token_logits(self: Llama, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
             token = text[len(seen)] if len(seen) < len(text) else END
+            cache.advance(input_ids.shape[1])
             seen.append(input_ids[0].tolist())
-            logits = torch.zeros(*input_ids.shape, CONFIG.vocab_size)
-            logits[0, -1, token] = 10.0
-            return logits
+            return torch.nn.functional.one_hot(torch.tensor([token]), CONFIG.vocab_size) * 10.0
 
-        monkeypatch.setattr(Llama, "forward", forward)
+        monkeypatch.setattr(Llama, "next_token_logits", next_token_logits)
         return seen
 
     return say
@@ -74,155 +55,135 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[list[int]]
 def test_characters_that_span_tokens_come_whole(folder: Path, script: Callable[[bytes], Any]) -> None:
     text = "naïve 世界 🌍!"
     script(text.encode())
-    assert list(generate(folder, "x", **OPTIONS | {"max_new_tokens": 100})) == list(text)
+    assert list(generate(folder, "x", sampling=GREEDY)) == list(text)
 
 
 def test_bytes_that_are_no_text_do_not_hold_up_what_follows(folder: Path, script: Callable[[bytes], Any]) -> None:
     script(b"a\xff\x80b\xe4\xb8c")
-    assert "".join(generate(folder, "x", **OPTIONS)) == "a\ufffd\ufffdb\ufffdc"
+    assert text(folder) == "a\ufffd\ufffdb\ufffdc"
 
 
 def test_half_a_character_at_the_end_is_dropped(folder: Path, script: Callable[[bytes], Any]) -> None:
     script("ab世".encode())
-    assert "".join(generate(folder, "x", **OPTIONS | {"max_new_tokens": 4})) == "ab"
+    assert text(folder, max_new_tokens=4) == "ab"
 
 
 def test_it_stops_at_the_end_of_text_and_at_max_new_tokens(folder: Path, script: Callable[[bytes], Any]) -> None:
     seen = script(b"abc")
-    assert "".join(generate(folder, "x", **OPTIONS)) == "abc"
+    assert text(folder) == "abc"
     assert len(seen) == 4
     seen = script(b"abc")
-    assert "".join(generate(folder, "x", **OPTIONS | {"max_new_tokens": 2})) == "ab"
+    assert text(folder, max_new_tokens=2) == "ab"
     assert len(seen) == 2
 
 
 def test_pieces_come_one_by_one(folder: Path, script: Callable[[bytes], Any]) -> None:
     seen = script(b"abc")
-    assert next(generate(folder, "x", **OPTIONS)) == "a"
+    assert next(generate(folder, "x", sampling=GREEDY)) == "a"
     assert len(seen) == 1
 
 
 def test_an_empty_prompt_starts_from_the_end_of_text(folder: Path, script: Callable[[bytes], Any]) -> None:
     seen = script(b"abc")
-    assert "".join(generate(folder, "", **OPTIONS)) == "abc"
+    assert text(folder, "") == "abc"
     assert seen[0] == [END]
 
 
 def test_an_empty_prompt_needs_an_end_of_text(tmp_path: Path) -> None:
-    config = LlamaConfig(257, 16, 32, 1, 2)
+    folder = write_export(tmp_path / "model", dataclasses.replace(CONFIG, eos_token_id=None))
     with pytest.raises(UserError, match="prompt='' needs a model with eos_token_id"):
-        generate(write_export(tmp_path / "model", config), "", **OPTIONS)
+        generate(folder, "")
 
 
-def test_the_model_reads_a_sliding_window(folder: Path, script: Callable[[bytes], Any]) -> None:
+def test_every_token_is_read_once_while_the_window_has_room(folder: Path, script: Callable[[bytes], Any]) -> None:
+    seen = script(b"01234")
+    text(folder, "abc")
+    assert seen == [list(b"abc"), *([byte] for byte in b"01234")]
+
+
+def test_past_the_window_the_newer_half_is_read_again(folder: Path, script: Callable[[bytes], Any]) -> None:
+    assert WINDOW == 8
     seen = script(b"0123456789")
-    list(generate(folder, "abcdef", **OPTIONS))
-    text = list(b"abcdef0123456789")
-    assert seen == [text[max(0, end - WINDOW) : end] for end in range(6, 17)]
+    text(folder, "abcdef")
+    assert b" ".join(map(bytes, seen)) == b"abcdef 0 1 f012 3 4 5 6 4567 8 9"
 
 
-def test_greedy_text_is_the_argmax_of_the_model(folder: Path) -> None:
-    model = Llama(CONFIG)
-    init_weights(model, seed=0)
-    ids = list(b"We the")
-    for _ in range(6):
-        ids.append(int(model(torch.tensor([ids[-WINDOW:]]))[0, -1].argmax()))
-    expected = byte_tokenizer().decode(ids).rstrip("\ufffd")
-    text = "We the" + "".join(generate(folder, "We the", **OPTIONS | {"max_new_tokens": 6}))
-    assert text == expected
+def test_of_a_prompt_longer_than_the_window_the_end_is_read(folder: Path, script: Callable[[bytes], Any]) -> None:
+    seen = script(b"01")
+    text(folder, "abcdefghijkl")
+    assert [bytes(read) for read in seen] == [b"efghijkl", b"jkl0", b"1"]
+
+
+def test_a_window_of_one_token_is_enough(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "model", dataclasses.replace(CONFIG, max_position_embeddings=1))
+    model, ids = small_model(), list(b"a")
+    while len(ids) < 6:
+        ids.append(int(model(torch.tensor([ids[-1:]]))[0, -1].argmax()))
+    assert text(folder, "a", max_new_tokens=5) == byte_tokenizer().decode(ids).rstrip("\ufffd")[1:]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("prompt_length", [1, 5, 8, 13])
+@torch.no_grad()
+def test_logits_are_those_of_reading_the_window_anew(seed: int, prompt_length: int) -> None:
+    model = small_model(dataclasses.replace(CONFIG, num_hidden_layers=2), seed=seed).double()
+    ids = torch.randint(256, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
+    reader = Reader(model, most=len(ids))
+    starts = []
+    for end in range(prompt_length, len(ids) + 1):
+        read = reader.read(ids[:end])
+        starts.append(reader.start)
+        assert 0 < end - reader.start <= WINDOW
+        # float32's rounding, in which logits are handed out
+        torch.testing.assert_close(read, model(torch.tensor([ids[reader.start : end]]))[0, -1].float())
+    assert len(set(starts)) > 4
+
+
+@pytest.mark.parametrize("prompt", ["We the people", "a", "Tell me, O muse"])
+def test_greedy_tokens_are_those_of_transformers(prompt: str, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "model", WIDE)
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([list(prompt.encode())])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    theirs = other.generate(ids, **options)
+    assert len(set(theirs[0].tolist())) > 15  # a text that repeats itself would prove little
+    expected = byte_tokenizer().decode(theirs[0].tolist()).rstrip("\ufffd")
+    assert prompt + text(folder, prompt, max_new_tokens=40) == expected
 
 
 def test_the_seed_decides_and_global_randomness_does_not(folder: Path) -> None:
-    def text(seed: int) -> str:
-        options = OPTIONS | {"temperature": 1.0, "seed": seed, "max_new_tokens": 40}
-        return "".join(generate(folder, "x", **options))
+    def drawn(seed: int) -> str:
+        return text(folder, max_new_tokens=40, sampling=Sampling(temperature=1.0, seed=seed))
 
     torch.manual_seed(1)
-    first = text(3)
+    first = drawn(3)
     torch.manual_seed(2)
-    assert first == text(3) != text(4)
+    assert first == drawn(3) != drawn(4)
 
 
-def draws(logits: list[float], *, temperature: float, top_k: int) -> Tensor:
-    """Return how often each token came in 4,000 draws, as shares."""
-    generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "generator": generator}
-    tokens = torch.tensor([sample(torch.tensor(logits), **options) for _ in range(4000)])
-    return torch.bincount(tokens, minlength=len(logits)) / 4000
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), list(itertools.product([0.5, 1.0, 2.0], [0, 2, 100])))
-def test_draws_follow_the_tempered_softmax_over_the_top_k(temperature: float, top_k: int) -> None:
-    logits = [0.0, 2.0, 1.0, -1.0]
-    kept = torch.tensor(logits)
-    if top_k == 2:
-        kept[[0, 3]] = -torch.inf
-    shares = draws(logits, temperature=temperature, top_k=top_k)
-    # Three standard deviations of a share of 4,000 draws are at most 0.024.
-    torch.testing.assert_close(shares, (kept / temperature).softmax(0), atol=0.024, rtol=0)
-    assert (shares[kept == -torch.inf] == 0).all()
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_no_temperature_and_nearly_none_take_the_likeliest(temperature: float) -> None:
-    assert draws([0.0, 2.0, 1.0], temperature=temperature, top_k=0).tolist() == [0, 1, 0]
+def test_a_run_needs_no_export(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    expected = text(run / "export")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (run / "export" / name).unlink()
+    assert text(run) == expected != ""
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("options", "message"),
     [
-        ({"temperature": -0.1}, r"temperature=-0\.1 must be a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"top_k": -1}, "top_k=-1 must be at least 0"),
-        ({"device": "abacus"}, r"device='abacus' cannot be used \(.*\): choose another"),
+        ({"device": "abacus"}, "device='abacus' cannot be used"),
+        ({"prompt": "na\udcffve"}, r"prompt='na\\udcffve' is not Unicode text"),
     ],
 )
-def test_bad_values_are_errors_at_once(folder: Path, option: dict[str, Any], message: str) -> None:
+def test_bad_values_are_errors_at_once(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(folder, "x", **OPTIONS | option)
-
-
-def test_a_run_means_its_export(tmp_path: Path) -> None:
-    export = write_export(tmp_path / "run" / "export")
-    (tmp_path / "run" / "config.toml").touch()
-    (tmp_path / "run" / "config.json").touch()
-    assert find_export(tmp_path / "run") == export
-    assert find_export(export) == export
-
-
-def test_a_run_without_an_export_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").touch()
-    with pytest.raises(UserError, match=f"has no export yet: make one with relora-opt export {tmp_path} --out DIR"):
-        find_export(tmp_path)
-
-
-def test_folders_without_a_model_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
-        find_export(tmp_path)
-    with pytest.raises(UserError, match="nowhere is not a folder"):
-        find_export(tmp_path / "nowhere")
-
-
-def test_a_tokenizer_that_is_missing_torn_or_too_large_is_an_error(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    larger = byte_tokenizer()
-    larger.add_tokens(["more"])
-    larger.save(str(file))
-    with pytest.raises(UserError, match="has 258 tokens, the model vocab_size=257"):
-        generate(folder, "x", **OPTIONS)
-    file.write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer"):
-        generate(folder, "x", **OPTIONS)
-    file.unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
-        generate(folder, "x", **OPTIONS)
+        generate(**{"folder": folder, "prompt": "x"} | options)
 
 
 def test_a_diverged_model_is_an_error(folder: Path) -> None:
-    model = Llama(CONFIG)
-    save_file(
-        {name: torch.full_like(W, torch.nan) for name, W in model.state_dict().items()}, folder / "model.safetensors"
-    )
+    weights = {name: torch.full_like(W, torch.nan) for name, W in small_model().state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match="logits are not finite"):
-        list(generate(folder, "x", **OPTIONS))
+        text(folder)

@@ -21,6 +21,7 @@ from relora_opt_cli.export import export_run
 from relora_opt_cli.generate import generate
 from relora_opt_cli.metrics import Row, read_metrics
 from relora_opt_cli.model import Llama, load_config, load_weights
+from relora_opt_cli.sampling import Sampling
 from relora_opt_cli.train import resume_run, start_run
 from safetensors.torch import load_file
 
@@ -233,7 +234,7 @@ def test_an_export_gives_transformers_our_logits_and_generates(tmp_path: Path) -
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)  # float32, as the issue states
         greedy = theirs.generate(ids, max_new_tokens=8, do_sample=False)
-    text = "".join(generate(run, words, max_new_tokens=8, temperature=0.0, top_k=0, seed=0, device="cpu"))
+    text = "".join(generate(run, words, max_new_tokens=8, sampling=Sampling(temperature=0)))
     assert tokenizer.decode(greedy[0], skip_special_tokens=True) == words + text
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from relora_opt_cli.config import FIELDS
+import typer
+from relora_opt_cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,5 +43,7 @@ def test_every_file_and_flag_that_it_names_exists() -> None:
     assert {path.name for path in (ROOT / "relora_opt").glob("[a-z]*.py")} <= set(re.findall(r"\w+\.py", README))
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
-    for flag in re.findall(r"`--([a-z-]+)", README):
-        assert flag in {"resume", "config", "help", "out", "dtype", "prompt"} or flag.replace("-", "_") in FIELDS, flag
+    commands = typer.main.get_command(app).commands.values()
+    known = {option for command in commands for parameter in command.params for option in parameter.opts} | {"--help"}
+    for flag in re.findall(r"`(--[a-z-]+)", README):
+        assert flag in known, flag

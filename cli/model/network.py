@@ -126,6 +126,11 @@ class Llama(nn.Module):
         logits: Tensor = self.lm_head(self.model(input_ids, cache))
         return logits
 
+    def next_token_logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the last tokens' logits (b, vocab_size) alone: those of a long prompt take gigabytes together."""
+        logits: Tensor = self.lm_head(self.model(input_ids, cache)[:, -1])
+        return logits
+
     def get_output_embeddings(self) -> nn.Linear:
         """Return the output head, under the name by which transformers' models answer."""
         return self.lm_head
