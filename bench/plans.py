@@ -91,6 +91,20 @@ def tune_rivals() -> list[Spec]:
     ]
 
 
+def tune_eighth() -> list[Spec]:
+    """Rates for an eighth of the width: does the quarter's best still hold, and do A and B want rates of their own?"""
+    adam, muon = {**MATCHED, "rank": 16}, {**MATCHED, "rank": 16, "base": "muon"}
+    variant: dict[str, Any] = {"rank": 16}
+    return [
+        *_grid("LoRA, matched scale, rank 16", "relora", adam, (2e-3, 2.8e-3, 1.4e-3, 4e-3)),
+        *_grid("rank 16, A's rate x 0.3", "variant", {**variant, "a_rate": 0.3}, (2e-3, 4e-3)),
+        *_grid("rank 16, A's rate x 3", "variant", {**variant, "a_rate": 3.0}, (2e-3, 1e-3)),
+        *_grid("rank 16, balanced rates", "variant", {**variant, "balanced": True}, (2e-3,)),
+        *_grid("LoRA, matched scale, rank 16", "relora", adam, (2e-3, 2.8e-3), (16e-3,)),
+        *_grid("LoRA, matched scale, Muon, rank 16", "relora", muon, (5.6e-3, 2.8e-3)),
+    ]
+
+
 def balance() -> list[Spec]:
     """Rates of A and B for Muon: the step of A moves W the further, the larger B has grown."""
     settings: dict[str, Any] = {"rank": 32, "base": "muon"}
@@ -357,6 +371,7 @@ PLANS: dict[str, Plan] = {
     "tune-ours": tune_ours,
     "tune-muon": tune_muon,
     "tune-rivals": tune_rivals,
+    "tune-eighth": tune_eighth,
     "balance": balance,
     "variants": variants,
     "cycles": cycles,
