@@ -78,7 +78,6 @@ def run(spec: Spec) -> dict[str, Any]:
     from .texts import source
 
     torch.set_num_threads(1)
-    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU its backward pass is twice as slow as plain attention
     size = SIZES[spec.size]
     corpus = prepare([source(spec.text)], seq_len=size.seq_len, vocab_size=size.vocab_size)
     width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)

@@ -2,7 +2,8 @@
 
 All share the model, AdamW's betas (0.9, 0.95), clipping at norm 1, a cosine with warm-up over a twentieth of the run
 down to a tenth of the peak, and two rates: `lr` for the matrices of the layers (or their factors), `rest_lr` for
-embeddings, head and norms. The loss is under bfloat16 autocast and compiled, unless `dtype` or `compile` say otherwise.
+embeddings, head and norms. AdamW's update is one fused kernel. The loss is under bfloat16 autocast and compiled, unless
+`dtype` or `compile` say otherwise; `accumulate` counts the calls of `step` that make an update.
 What a rival's package does it does itself; only its groups and its clock are set from here.
 """
 
@@ -55,10 +56,18 @@ class Trainer:
         self.loss_fn = partial(loss_fn, dtype=settings.get("dtype", torch.bfloat16))
         loss = partial(self.loss_fn, model)
         self.loss: Callable[[Tensor], Tensor] = torch.compile(loss) if settings.get("compile", True) else loss
+        self.accumulate, self.num_micro_batches = settings.get("accumulate", 1), 0
 
     def trained(self) -> Iterable[Tensor]:
         """The tensors whose gradients a step makes, and several processes would exchange."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def backward(self, tokens: Tensor) -> Tensor:
+        """Make the gradients of a micro-batch, and return its loss."""
+        loss = self.loss(tokens)
+        (loss / self.accumulate).backward()  # type: ignore[no-untyped-call]
+        self.num_micro_batches += 1
+        return loss.detach()
 
     def evaluate(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -79,20 +88,23 @@ class Dense(Trainer):
 
     def make(self, matrices: list[Tensor], rest: list[Tensor], settings: Settings, seed: int) -> Optimizer:
         groups = [{"params": matrices, "lr": settings["lr"]}, {"params": rest, "lr": settings["rest_lr"]}]
-        return AdamW(groups, betas=BETAS, weight_decay=settings.get("weight_decay", 0.0))
+        return _adamw(groups, weight_decay=settings.get("weight_decay", 0.0))
 
     def multiplier(self, settings: Settings, steps: int) -> Callable[[int], float]:
         schedule = outer(steps)
         return lambda done: schedule(done + 1)
 
     def step(self, tokens: Tensor) -> Tensor:
-        loss = self.loss(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.backward(tokens)
+        if self.num_micro_batches % self.accumulate == 0:
+            self.update()
+        return loss
+
+    def update(self) -> None:
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], MAX_NORM)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return loss.detach()
 
 
 class MuonDense(Dense):
@@ -161,12 +173,11 @@ class Peft(Dense):
         clock = JaggedSchedule(self.every, restart_warmup=settings["restart_warmup"], outer=outer(steps))
         return lambda done: clock(done + 1)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        loss = super().step(tokens)
+    def update(self) -> None:
+        super().update()
         self.num_updates += 1
         if self.every and self.num_updates % self.every == 0:
             self.restart()
-        return loss
 
     def restart(self) -> None:
         from peft.tuners.lora import LoraLayer
@@ -189,12 +200,13 @@ class ReLoRA(Trainer):
         clock = {key: settings.pop(key, 0) for key in ("restart_every", "restart_warmup", "warm_start")}
         strategy = settings.pop("prune", "reset")
         base, path = settings.pop("base", "adamw"), settings.pop("path", "functional")
-        precision = {"dtype": settings.pop("dtype", torch.bfloat16), "compile": settings.pop("compile", True)}
+        accumulate, is_compiled = settings.pop("accumulate", 1), settings.pop("compile", True)
+        dtype = settings.pop("dtype", torch.bfloat16)
         matrices = [(name, p) for name, p in model.named_parameters() if is_matrix(name)]
         rest = [(name, p) for name, p in model.named_parameters() if not is_matrix(name)]
         low_rank = {"rank": settings.pop("rank"), "lr": lr, "is_matrices": True}
         groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, "is_matrices": False}]
-        super().__init__(model, precision)
+        super().__init__(model, {"dtype": dtype, "compile": is_compiled, "accumulate": accumulate})
         self.optimizer: ReLoRAOptimizer = ReLoRAOptimizer(
             groups,
             _BASES[base],
@@ -206,7 +218,7 @@ class ReLoRA(Trainer):
         )
         self.restart, self.is_functional = self.optimizer.restart, path == "functional"
         if self.is_functional:
-            self.step = self.optimizer.make_step(model, self.loss_fn, compile=precision["compile"])
+            self.step = self.optimizer.make_step(model, self.loss_fn, compile=is_compiled, accumulate=accumulate)
         else:
             self.step = self._dense_step
 
@@ -214,11 +226,11 @@ class ReLoRA(Trainer):
         return self.optimizer.functional(self.model).parameters() if self.is_functional else super().trained()
 
     def _dense_step(self, tokens: Tensor) -> Tensor:
-        loss = self.loss(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+        loss = self.backward(tokens)
+        if self.num_micro_batches % self.accumulate == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss
 
     @property
     def num_trainable(self) -> int:
@@ -234,11 +246,11 @@ def _projected(matrices: list[Tensor], rest: list[Tensor], settings: Settings) -
     ]
 
 
-def _adamw(groups: Any) -> Optimizer:
-    return AdamW(groups, betas=BETAS, weight_decay=0.0)
+def _adamw(groups: Any, *, weight_decay: float = 0.0) -> Optimizer:
+    return AdamW(groups, betas=BETAS, weight_decay=weight_decay, fused=True)
 
 
-_muon = muon_beside_adamw(betas=BETAS, weight_decay=0.0)
+_muon = muon_beside_adamw(betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def _strategy(text: str) -> prune.Strategy:

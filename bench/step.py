@@ -266,7 +266,6 @@ def main() -> None:
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU its backward pass is twice as slow as plain attention
     inner = round(arguments.width * 8 / 3 / 16) * 16
     shape = Shape(arguments.width, inner, 4, 4096, max(1, arguments.tokens // 256), 256)
     if arguments.peak:

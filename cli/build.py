@@ -71,7 +71,7 @@ def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:
     try:
         return ReLoRAOptimizer(
             _groups(model, config),
-            base_optimizer(config),
+            base_optimizer(config, next(model.parameters()).device),
             rank=config.rank,
             alpha=config.alpha,
             schedule=_schedule(config),

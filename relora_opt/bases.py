@@ -25,21 +25,27 @@ Part = Callable[[list[Group]], Optimizer]
 
 
 def muon_beside_adamw(
-    *, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01, momentum: float = 0.95
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+    momentum: float = 0.95,
+    fused: bool | None = None,
 ) -> Callable[..., Optimizer]:
     """Return the factory of Muon for matrices, with updates of AdamW's size, beside AdamW for everything else.
 
     One learning rate suits both. A group is Muon's where it says `is_matrices`, and else where its rank is above 0.
 
     Args:
-        betas: AdamW's. momentum: Muon's. weight_decay: of both.
+        betas, fused: AdamW's. momentum: Muon's. weight_decay: of both.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
     >>> groups = [{"params": [model[0].weight], "is_matrices": True}, {"params": [model[0].bias]}]
     >>> optimizer = muon_beside_adamw()(groups, lr=1e-3)
     """
     muon = partial(Muon, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return partial(MuonBesideAdamW, muon=muon, adamw=partial(AdamW, betas=betas, weight_decay=weight_decay))
+    return partial(
+        MuonBesideAdamW, muon=muon, adamw=partial(AdamW, betas=betas, weight_decay=weight_decay, fused=fused)
+    )
 
 
 class MuonBesideAdamW(Optimizer):

@@ -1,10 +1,11 @@
 """The model that is trained, a Llama: its shape, its network, its weights.
 
-shape.py    what a config.json says, and the presets
-rope.py     rotary positions
-cache.py    keys and values of what was read, for generation
-network.py  the modules, under Hugging Face's names
-weights.py  drawn from a seed, or read from safetensors
+shape.py      what a config.json says, and the presets
+rope.py       rotary positions
+attention.py  tokens that look back
+cache.py      keys and values of what was read, for generation
+network.py    the modules, under Hugging Face's names
+weights.py    drawn from a seed, or read from safetensors
 """
 
 from .cache import KeyValueCache

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attend, once
 from .cache import KeyValueCache, LayerCache
 from .rope import angles, rotate
 from .shape import LlamaConfig
@@ -26,7 +27,6 @@ class Attention(nn.Module):
         super().__init__()
         width, bias = config.hidden_size, config.attention_bias
         self.head_size = config.head_size
-        self.is_grouped = config.kv_heads != config.num_attention_heads
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size, bias=bias)
         self.k_proj = nn.Linear(width, config.kv_heads * self.head_size, bias=bias)
         self.v_proj = nn.Linear(width, config.kv_heads * self.head_size, bias=bias)
@@ -38,17 +38,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = _attend(q, k, v, is_grouped=self.is_grouped)
+        y = attend(q, k, v)
         mixed: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return mixed
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_grouped: bool) -> Tensor:
-    """Let the last t of s tokens look back, q (b, heads, t, d) at k and v (b, kv_heads, s, d)."""
-    t, s = q.shape[2], k.shape[2]
-    # torch's own causal mask starts in the upper left corner, which is right where there is nothing before.
-    mask = None if t in (1, s) else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == s, enable_gqa=is_grouped)
 
 
 class MLP(nn.Module):
@@ -96,7 +88,7 @@ class Trunk(nn.Module):
         x = self.embed_tokens(input_ids)
         start = 0 if cache is None else cache.advance(input_ids.shape[1])
         turns = self._angles(start, start + input_ids.shape[1], device=x.device)
-        cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+        cos, sin = once(turns.cos().to(x.dtype)), once(turns.sin().to(x.dtype))
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, None if cache is None else cache.layers[i])
         y: Tensor = self.norm(x)
