@@ -1,105 +1,113 @@
-"""Checkpoints that resume exactly: weights, optimizer and progress of one moment, in one folder.
+"""Checkpoints that resume exactly: weights, optimizer, progress, configuration and random numbers of one moment.
 
-    checkpoints/00000120/model.safetensors   the effective weights
-                         optimizer.pt        ReLoRAOptimizer.state_dict(): factors, moments, clock
-                         progress.json       where the loop was
+    checkpoints/00000120/model.safetensors       the effective weights
+                         optimizer.safetensors   every tensor of ReLoRAOptimizer.state_dict(): factors, moments, masters
+                         state.json              all else, and the checksums of both: see record.py
 
-A checkpoint is written beside its place, flushed to the disk and renamed, so that a folder with that name is complete;
-the latest one is the one with the highest number. Older ones are deleted only after the newer stands.
+A checkpoint is written beside its place, flushed to the disk and moved there, so that a folder with that name is
+complete; the latest one is the one with the highest number, so it changes by that move and no earlier. Older ones are
+removed only after the newer stands. Nothing in one is code: safetensors and JSON.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol
 
-import torch
-from torch import nn
-
-from relora_opt import save_merged
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from .config import UserError
+from .disk import flushed, new_folder, remove_folder, sweep
 from .model import Llama, load_weights
+from .nested import pack, unpack
+from .progress import Progress, progress_of
+from .randomness import random_state, set_random_state
+from .record import RECORD, DamagedError, Record, check_files, read_record, write_record
 
-FORMAT = 1
 _FOLDER = "checkpoints"
-_WEIGHTS, _OPTIMIZER, _PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
+_WEIGHTS, _TENSORS = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a training loop is.
+class Snapshot:
+    """A run at a moment, in memory of its own: training may go on while it is written.
 
     Args:
-        update: updates applied.
-        attempts: batches served; more than updates where one was skipped.
-        seconds: time spent training.
-        val_loss_start: validation loss before training, nats per token.
-        val_loss_switch: the same after the warm start; None before it or without one.
-        val_loss: the latest.
-        is_finished: whether the run has reached its end.
-        corpus: fingerprint of the texts that it trains on.
+        progress: where the loop is.
+        weights: the model's, by name, on the CPU; tied ones once.
+        tensors: of the optimizer's state and of the random numbers, on the CPU.
+        values: all else, as `nested.pack` has it: progress, config, optimizer, random.
     """
 
-    update: int
-    attempts: int
-    seconds: float
-    val_loss_start: float | None = None
-    val_loss_switch: float | None = None
-    val_loss: float | None = None
-    is_finished: bool = False
-    corpus: str = ""
+    progress: Progress
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
 
 
-def save_checkpoint(run: Path, model: nn.Module, state: dict[str, Any], progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint of a model and its optimizer's state, and delete all but the newest `keep`.
+def snapshot(model: nn.Module, optimizer: dict[str, Any], progress: Progress, config: dict[str, Any]) -> Snapshot:
+    """Copy what a checkpoint holds.
 
-    Where this update has one already, only its progress is written again: weights and optimizer are the same.
+    Args:
+        optimizer: `ReLoRAOptimizer.state_dict()`.
+        config: the options, by name.
+    """
+    held = {"progress": asdict(progress), "config": config, "optimizer": optimizer, "random": random_state()}
+    values, tensors = pack(held)
+    return Snapshot(progress, _copied(dict(model.named_parameters())), _copied(tensors), values)
+
+
+def save_checkpoint(run: Path, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
+    """Write a checkpoint, and remove all but the newest `keep` and those of every `keep_every`-th update.
 
     Raises:
-        UserError: where the disk refuses (full, read-only); the checkpoints that were there stay.
+        UserError: where the disk refuses (full, read-only, gone); the checkpoints that were there stay.
     """
-    folder = run / _FOLDER / f"{progress.update:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        if folder.is_dir():
-            _write_progress(folder, progress)
-            return folder
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_merged(model, partial / _WEIGHTS, max_shard_size="1000000GB")
-        torch.save(state, partial / _OPTIMIZER)
-        _write_progress(partial, progress)
-        _flush(partial)
-        os.replace(partial, folder)
-        _flush_folder(folder.parent)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # torch.save's own on a full disk is a RuntimeError, of a wrong position
-        shutil.rmtree(partial, ignore_errors=True)
-        hint = "" if isinstance(error, OSError) else " (is the disk full?)"
-        raise UserError(
-            f"checkpoint {folder} could not be written: {error}{hint}; earlier checkpoints are untouched"
-        ) from error
+    folder = checkpoint_of(run, taken.progress.update)
+    with _refused(folder):
+        if not run.is_dir():  # who removes a run's folder does not want it back
+            raise FileNotFoundError(f"the folder {run} is gone")
+        sweep(folder.parent)
+        with new_folder(folder) as partial:
+            _write(partial, taken)
+        for old in _superfluous(run, keep, keep_every):
+            remove_folder(old)
     return folder
 
 
-def _write_progress(folder: Path, progress: Progress) -> None:
-    partial = folder / f".{_PROGRESS}.partial"
-    try:
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(progress)}) + "\n", encoding="utf-8")
-        _flush_file(partial)
-        os.replace(partial, folder / _PROGRESS)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_all_but_weights(checkpoint: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Make a checkpoint of a folder that has the weights."""
+    _write_tensors(tensors, checkpoint / _TENSORS)
+    files = {name: flushed(checkpoint / name) for name in (_WEIGHTS, _TENSORS)}
+    write_record(checkpoint, Record(files, values))
+
+
+def save_progress(checkpoint: Path, progress: Progress, config: dict[str, Any]) -> None:
+    """Write the progress and configuration of a checkpoint anew: no update was made since, so all else is the same.
+
+    Raises:
+        UserError: where the disk refuses, or the checkpoint is damaged.
+    """
+    record = read_record(checkpoint)
+    values, _ = pack({"progress": asdict(progress), "config": config})
+    with _refused(checkpoint):
+        write_record(checkpoint, replace(record, values={**record.values, **values}))
+
+
+def checkpoint_of(run: Path, update: int) -> Path:
+    """Return where a run's checkpoint of an update is, or would be."""
+    return run / _FOLDER / f"{update:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return a run's complete checkpoints, oldest first."""
+    """Return a run's checkpoints, oldest first."""
     folder = run / _FOLDER
     return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
@@ -118,9 +126,45 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def newest_whole(run: Path, said: Callable[[str], None]) -> Path:
+    """Return the newest checkpoint that is as it was written, and set damaged ones beside, under another name.
+
+    Args:
+        said: takes one sentence for each damaged one.
+
+    Raises:
+        UserError: where there is none.
+    """
+    newest = latest_checkpoint(run)
+    for checkpoint in reversed(checkpoints(run)):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        said(f"{damage}; it is now {aside.name}, and the checkpoint before it is used")
+        with _refused(checkpoint):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint, aside)
+    raise UserError(f"{str(run)!r} holds no checkpoint that is whole: {newest.name} and all before it are damaged")
+
+
 def weights_of(path: Path) -> Path:
     """Return where a path's weights are: a run's newest checkpoint, or the path itself."""
     return latest_checkpoint(path) if checkpoints(path) else path
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None where every byte is as it was written.
+
+    Raises:
+        UserError: for one of another format.
+    """
+    try:
+        check_files(checkpoint, read_record(checkpoint))
+        read_progress(checkpoint)
+    except DamagedError as error:
+        return error.damage
+    return None
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -129,23 +173,24 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         UserError: for a damaged file or another format.
     """
-    path = checkpoint / _PROGRESS
     try:
-        content: dict[str, Any] = dict(json.loads(path.read_text()))
-        version = content.pop("format")
-        if version != FORMAT:
-            raise UserError(
-                f"{path} has format {version} and not {FORMAT}: use the version of relora-opt that wrote it"
-            )
-        progress = Progress(**content)
-        _check_types(progress)
-        return progress
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return progress_of(_value(checkpoint, "progress"))
+    except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path} is damaged ({error}): delete the folder {checkpoint} to go on from an earlier one"
-        ) from error
+        raise DamagedError(checkpoint / RECORD, str(error)) from error
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """Read the options that the run had, by name.
+
+    Raises:
+        UserError: for a damaged file or another format.
+    """
+    config = _value(checkpoint, "config")
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise DamagedError(checkpoint / RECORD, "its config is no table of options")
+    return config
 
 
 class Loadable(Protocol):
@@ -155,62 +200,87 @@ class Loadable(Protocol):
 
 
 def load_checkpoint(checkpoint: Path, model: Llama, optimizer: Loadable | None = None) -> Progress:
-    """Load weights, and the optimizer where one is given, in place.
+    """Load weights, and the optimizer where one is given, in place, after the whole checkpoint was verified.
 
     Raises:
         UserError: for damaged files or a state that does not fit.
     """
-    progress = read_progress(checkpoint)
+    check_files(checkpoint, read_record(checkpoint))
     load_weights(model, checkpoint)
     if optimizer is not None:
         load_state(checkpoint, optimizer)
-    return progress
+    return read_progress(checkpoint)
 
 
 def load_state(checkpoint: Path, optimizer: Loadable) -> None:
-    """Load the optimizer's state, in place.
+    """Load the optimizer's state in place, and set the random numbers.
 
     Raises:
         UserError: for a damaged file or a state that does not fit.
     """
-    path = checkpoint / _OPTIMIZER
+    path = checkpoint / _TENSORS
+    tensors = _read_tensors(path)
     remedy = f"delete the folder {checkpoint} to go on from an earlier one"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its bytes suggest; torch's advice is not for it
-        raise UserError(
-            f"{path} cannot be loaded: it is damaged, or no optimizer's state ({type(error).__name__}); {remedy}"
-        ) from error
-    try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_value(checkpoint, "optimizer", tensors))
+        random = _value(checkpoint, "random", tensors)
+        if random:  # a checkpoint of format 1 had none
+            set_random_state(random)
     except UserError:
         raise
     except Exception as error:  # torch's own loading raises whatever it likes, AssertionErrors too
         raise UserError(f"{path} cannot be loaded: {error or type(error).__name__}; {remedy}") from error
 
 
-def _check_types(progress: Progress) -> None:
-    """Raise a TypeError for a field of the wrong kind."""
-    for name, kind in get_type_hints(Progress).items():
-        value = getattr(progress, name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(f"{name}={value!r} is not {kind}")
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        _flush_file(path)
-    _flush_folder(folder)
-
-
-def _flush_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _refused(checkpoint: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one sentence."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} could not be written: {error}; earlier checkpoints are untouched"
+        ) from error
+
+
+def _write(folder: Path, taken: Snapshot) -> None:
+    _write_tensors(taken.weights, folder / _WEIGHTS)
+    write_all_but_weights(folder, taken.values, taken.tensors)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors makes its own file, for the owner alone
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            # Cloned, because those of a mapped file lie at odd addresses, and a matrix product's last bits may
+            # depend on the address.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _value(checkpoint: Path, name: str, tensors: dict[str, Tensor] | None = None) -> Any:
+    path = checkpoint / RECORD
+    try:
+        return unpack(read_record(checkpoint).values[name], tensors or {})
+    except KeyError as error:
+        raise DamagedError(path, f"there is no {name} in it") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedError(path, str(error)) from error
+
+
+def _superfluous(run: Path, keep: int, keep_every: int | None) -> list[Path]:
+    older = checkpoints(run)[:-keep]
+    return [path for path in older if keep_every is None or int(path.name) % keep_every]

@@ -104,7 +104,12 @@ class Config:
     out: str = _option("Folder of the run. (default: runs/ and the time)", panel=_RUN)
     eval_every: int = _option("Updates between evaluations. (default: a tenth of the run)", panel=_RUN)
     save_every: int = _option("Updates between checkpoints. (default: a fifth of the run)", panel=_RUN)
-    keep: int = _option("Checkpoints to keep. (default: 2)", panel=_RUN)
+    keep: int = _option("Newest checkpoints to keep. (default: 2)", panel=_RUN)
+    keep_every: int | None = _option("Keep those of every so many updates too. (default: none)", panel=_RUN)
+    max_skips: int = _option(
+        "Updates in a row to skip, for a loss or gradient that is not finite, before the run ends. (default: 20)",
+        panel=_RUN,
+    )
     log: tuple[str, ...] = _option(
         "Write the metrics to tensorboard, trackio or wandb too; several by repeating. (default: metrics.jsonl alone)",
         panel=_RUN,
@@ -133,6 +138,7 @@ _GENERAL: Options = {
     "device": "auto",
     "shard": False,
     "keep": 2,
+    "max_skips": 20,
     "log": (),
     "seed": 0,
 }
@@ -155,7 +161,10 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 LOGS = ("tensorboard", "trackio", "wandb")
-_POSITIVE_COUNTS = ("seq_len", "steps", "batch_size", "micro_batch_size", "eval_every", "save_every", "keep")
+_POSITIVE_COUNTS = (
+    *("seq_len", "steps", "batch_size", "micro_batch_size"),
+    *("eval_every", "save_every", "keep", "max_skips"),
+)
 _COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
 _RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
 
@@ -290,8 +299,10 @@ def _check(config: Config) -> None:
             f"micro_batch_size={config.micro_batch_size} must divide batch_size={config.batch_size}, so that every "
             "update sees as many sequences"
         )
-    if config.threads is not None and config.threads < 1:
-        raise UserError(f"threads={config.threads} must be a whole number of at least 1")
+    for name in ("threads", "keep_every"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be a whole number of at least 1")
     if config.vocab_size is not None and config.vocab_size < 257:
         raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
     parse_prune(config.prune)

@@ -30,7 +30,6 @@ from .saving import save
 from .shard import DenseStep
 
 _EVAL_SEQUENCES = 256  # drawn once from the held-out documents
-_SKIPS_TO_STOP = 20
 
 
 class Loop:
@@ -46,7 +45,6 @@ class Loop:
         self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
         self.step = self._make_step()
         self.validation = _validation_set(run.corpus, config).to(self.device)
-        self.num_skips = 0
         self.unfinished: Row | None = None  # of the update that is made but not reported yet
 
     def _make_step(self) -> Callable[[Tensor], Tensor]:
@@ -85,7 +83,7 @@ class Loop:
         if self.unfinished is None:
             self._count_skip(loss)
             return
-        self.num_skips = 0
+        self.run.progress = replace(self.run.progress, skips=0)
         self.unfinished = replace(self.unfinished, loss=loss)
         self._finish(self.unfinished)
 
@@ -170,13 +168,14 @@ class Loop:
 
     def _count_skip(self, loss: float) -> None:
         """An update that was skipped is said, and too many in a row end the run."""
-        self.num_skips += 1
+        config, skips = self.run.config, self.run.progress.skips + 1
+        self.run.progress = replace(self.run.progress, skips=skips)
         update = self.run.optimizer.num_updates + 1
         self.view.say(f"update {update} skipped: loss {loss} or its gradient is not finite")
-        if self.num_skips >= _SKIPS_TO_STOP:
+        if skips >= config.max_skips:
             raise UserError(
-                f"{self.num_skips} updates in a row had no finite loss or gradient (lr={self.run.config.lr}, "
-                f"rest_lr={self.run.config.rest_lr}): start again with lower rates"
+                f"{skips} updates in a row had no finite loss or gradient (lr={config.lr}, rest_lr={config.rest_lr}, "
+                f"max_skips={config.max_skips}): start again with lower rates"
             )
 
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from .checkpoint import latest_checkpoint, load_state, read_progress
+from .checkpoint import checkpoints, latest_checkpoint, load_state, newest_whole, read_progress
 from .config import Config, UserError
 from .export import MODEL_CONFIG
+from .format1 import upgrade_checkpoint
 from .log import remember
 from .loop import is_evaluated
 from .metrics import Row, read_metrics, truncate_metrics
 from .model import load_config, load_weights
 from .parallel import World
-from .run import METRICS, Run, prepare_run
+from .record import DamagedError, check_files, read_record
+from .run import METRICS, Run, prepare_run, say
 from .shard import WholeState
 
 
 def main_checkpoint(folder: Path, processes: World) -> Path:
-    """Return the main process's newest checkpoint, which all must see."""
-    own = latest_checkpoint(folder)
+    """Return the main process's newest checkpoint that is whole, which all must see."""
+    own = processes.on_main(lambda: _newest(folder, processes)) or latest_checkpoint(folder)
     checkpoint = own.with_name(processes.from_main(own.name))
     if not checkpoint.is_dir():
         raise UserError(
             f"{checkpoint}, from which rank 0 goes on, is not there, and the newest here is {own.name}: give all "
             "machines the same folder, or copy it"
         )
+    if not processes.is_main:
+        check_files(checkpoint, read_record(checkpoint))
     return checkpoint
+
+
+def _newest(folder: Path, processes: World) -> Path:
+    for checkpoint in checkpoints(folder):
+        with suppress(DamagedError):  # newest_whole finds out which it is
+            upgrade_checkpoint(checkpoint)
+    return newest_whole(folder, partial(say, processes))
 
 
 def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from rich.console import Console
 from relora_opt import ReLoRAOptimizer
 
 from .build import find_device, make_optimizer, model_config, with_vocabulary
-from .checkpoint import Progress
 from .config import FIELDS, Config, UserError, to_toml
 from .data import Corpus, prepare
 from .export import MODEL_CONFIG, TOKENIZER
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
 from .parallel import World
+from .progress import Progress
 from .shard import shard
+from .writer import Writer
 
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
 _PLACES = ("data", "tokenizer", "model", "init_from", "out", "device", "threads")  # these may differ by machine
@@ -48,6 +49,7 @@ class Run:
     optimizer: ReLoRAOptimizer
     progress: Progress
     processes: World
+    writer: Writer = field(default_factory=Writer)  # of checkpoints
     unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
 
     @property

@@ -1,25 +1,45 @@
-"""What is saved of a run, and when it is called by all its processes."""
+"""What is saved of a run, and when: all its processes call, the first one writes.
+
+Training goes on as soon as weights and state are copied in memory; a thread writes the copy (writer.py).
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from .checkpoint import save_checkpoint
+from .checkpoint import Snapshot, checkpoint_of, save_checkpoint, save_progress, snapshot
+from .disk import flushed
 from .model import Llama
-from .run import Run
+from .run import METRICS, Run
 from .shard import gather
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint: all processes must call."""
+    """Begin to write a checkpoint of where the run is."""
     model, state = gathered(run)
-    run.processes.on_main(lambda: write_checkpoint(run, model, state))
+    run.processes.on_main(lambda: save_on_main(run, model, state))
+
+
+def save_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
+    """Begin to write a checkpoint; where this update has one already, its progress alone is written, at once."""
+    config, folder = run.config, checkpoint_of(run.folder, run.progress.update)
+    run.writer.wait()  # one copy in memory at a time
+    if folder.is_dir():
+        save_progress(folder, run.progress, asdict(config))
+        return
+    taken = snapshot(model, state, run.progress, asdict(config))
+    run.writer.start(partial(_write, run, taken))
+
+
+def _write(run: Run, taken: Snapshot) -> None:
+    metrics = run.folder / METRICS
+    if metrics.exists():
+        flushed(metrics)  # a power cut leaves no checkpoint without its rows
+    save_checkpoint(run.folder, taken, keep=run.config.keep, keep_every=run.config.keep_every)
 
 
 def gathered(run: Run) -> tuple[Llama, dict[str, Any]]:
     """Return the whole model and the optimizer's state; of sharded runs, on the main process alone."""
     return gather(run.model, run.optimizer) if run.is_sharded else (run.model, run.optimizer.state_dict())
-
-
-def write_checkpoint(run: Run, model: Llama, state: dict[str, Any]) -> None:
-    save_checkpoint(run.folder, model, state, run.progress, keep=run.config.keep)

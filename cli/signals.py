@@ -1,17 +1,27 @@
-"""SIGINT and SIGTERM while a run trains."""
+"""SIGINT (Ctrl-C) and SIGTERM while a run trains."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from typing import Any
+
+from .parallel import World
+
+_ECHO = 0.5  # seconds; a terminal's Ctrl-C reaches the processes of torchrun twice, from it and from torchrun
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the update; the second one stops at once."""
+    """Turns the first signal into a request to stop after the update; a second Ctrl-C stops at once.
+
+    Raises:
+        KeyboardInterrupt: wherever the program is, at the second Ctrl-C.
+    """
 
     def __init__(self) -> None:
-        self.is_stopped = False
+        self._number = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -23,7 +33,15 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self, processes: World) -> int:
+        """Return the signal that any process has received, SIGTERM before SIGINT; 0 for none: all must call."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        counts = processes.sum(*(float(self._number == number) for number in numbers))
+        return next((int(number) for number, count in zip(numbers, counts, strict=True) if count), 0)
+
     def _stop(self, number: int, _: object) -> None:
-        if self.is_stopped:
+        now = time.monotonic()
+        if self._number and number == signal.SIGINT and now - self._since > _ECHO:
             raise KeyboardInterrupt
-        self.is_stopped = True
+        if not self._number:
+            self._number, self._since = number, now

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from .plot import plot_runs
 from .report import Summary, View, print_summary
 from .resume import cut_metrics, first_update, main_checkpoint, restored_run
 from .run import CONFIG, METRICS, Run, check_new, new_run, on_device, say, write_folder
-from .saving import gathered, save, write_checkpoint
+from .saving import gathered, save, save_on_main
 from .signals import Interrupts
 
 
@@ -76,36 +75,56 @@ def resume_run(folder: Path, processes: World | None = None) -> None:
 
 def train(run: Run) -> None:
     """Train to the end of the run, and close it."""
-    config, optimizer, processes = run.config, run.optimizer, run.processes
     with (
+        run.writer,
         closing(_open_logs(run)) as log,
-        View(config.steps, console=run.console) as view,
+        View(run.config.steps, console=run.console) as view,
         Interrupts() as interrupts,
         _metrics_file(run) as metrics,
     ):
         loop = Loop(run, view, metrics, log)
         try:
             with noticing_losses():
-                loop.begin()
-                while optimizer.num_updates < config.steps:
-                    loop.attempt()
-                    is_last = optimizer.num_updates == config.steps
-                    is_stopped = processes.sum(float(interrupts.is_stopped)) != [0.0]
-                    if optimizer.num_updates % config.save_every == 0 or is_last or is_stopped:
-                        save(run)
-                    if is_stopped and not is_last:
-                        text = f"stopped; to go on: relora-opt pretrain --resume {run.folder}"
-                        processes.on_main(partial(view.say, text))
-                        raise SystemExit(130)
+                _update(run, loop, interrupts)
         except LostProcessError as error:
-            if processes.is_main:
-                if not run.is_sharded:  # what others held of a sharded run is gone
-                    loop.report_unfinished()
-                    write_checkpoint(run, run.model, optimizer.state_dict())
-                saved = read_progress(latest_checkpoint(run.folder)).update
-                view.say(f"saved after update {saved}")
-            raise LostProcessError(f"{error}; to go on: relora-opt pretrain --resume {run.folder}") from error
+            if run.processes.is_main:
+                view.say(f"saved after update {_save_what_is_left(run, loop)}")
+            raise LostProcessError(f"{error}; {_how_to_go_on(run)}") from error
     _close(run)
+
+
+def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
+    """Make all updates, and save where that is due.
+
+    Raises:
+        SystemExit: after a signal, once a checkpoint is written.
+    """
+    config, optimizer = run.config, run.optimizer
+    loop.begin()
+    while optimizer.num_updates < config.steps:
+        loop.attempt()
+        run.writer.check()  # a disk that is full ends the run now, not at the next save
+        is_last = optimizer.num_updates == config.steps
+        number = interrupts.agreed(run.processes)
+        if optimizer.num_updates % config.save_every == 0 or is_last or number:
+            save(run)
+        if number and not is_last:
+            run.writer.wait()
+            run.processes.on_main(lambda: loop.view.say(f"stopped; {_how_to_go_on(run)}"))
+            raise SystemExit(128 + number)
+
+
+def _save_what_is_left(run: Run, loop: Loop) -> int:
+    """Save in the first process when another is lost; return the newest checkpoint's update."""
+    if not run.is_sharded:  # what others held of a sharded run is gone
+        loop.report_unfinished()
+        save_on_main(run, run.model, run.optimizer.state_dict())
+    run.writer.wait()
+    return read_progress(latest_checkpoint(run.folder)).update
+
+
+def _how_to_go_on(run: Run) -> str:
+    return f"to go on: relora-opt pretrain --resume {run.folder}"
 
 
 @contextmanager
@@ -133,7 +152,7 @@ def _close_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
     export = write_export(model, run.corpus.tokenizer, folder / "export")
     curves = plot_runs([folder], None)
     run.progress = replace(run.progress, is_finished=True)
-    write_checkpoint(run, model, state)
+    save_on_main(run, model, state)
     sizes = memory(run.optimizer)
     tokens = progress.update * config.batch_size * config.seq_len
     summary = Summary(

@@ -107,6 +107,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "eval_every": (["5"], 5),
     "save_every": (["5"], 5),
     "keep": (["4"], 4),
+    "keep_every": (["10"], 10),
+    "max_skips": (["3"], 3),
     "seed": (["-3"], -3),
 }
 

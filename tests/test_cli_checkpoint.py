@@ -3,27 +3,45 @@
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
+import sys
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models import differences, jagged_schedule, snapshot
-from relora_opt_cli import checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import differences, jagged_schedule
+from models import snapshot as moment
+from relora_opt_cli import checkpoint, disk, record
 from relora_opt_cli.checkpoint import (
-    Progress,
+    Snapshot,
     checkpoints,
+    damage_of,
     latest_checkpoint,
     load_checkpoint,
+    newest_whole,
+    read_config,
     read_progress,
     save_checkpoint,
+    save_progress,
+    snapshot,
 )
 from relora_opt_cli.config import UserError
+from relora_opt_cli.format1 import upgrade_checkpoint
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+from relora_opt_cli.progress import Progress
+from relora_opt_cli.record import read_record
 
 from relora_opt import ReLoRAOptimizer
 
@@ -51,13 +69,13 @@ def train(model: Llama, optimizer: ReLoRAOptimizer, count: int) -> None:
         optimizer.zero_grad()
 
 
-def save(run: Path, trained: Trained, update: int, *, keep: int = 2) -> Path:
-    return save_checkpoint(run, *stated(trained), replace(PROGRESS, update=update), keep=keep)
-
-
-def stated(trained: Trained) -> tuple[Llama, dict[str, Any]]:
+def taken(trained: Trained, progress: Progress) -> Snapshot:
     model, optimizer = trained
-    return model, optimizer.state_dict()
+    return snapshot(model, optimizer.state_dict(), progress, {"rank": 4, "betas": (0.9, 0.95)})
+
+
+def save(run: Path, trained: Trained, update: int, *, keep: int = 2, **options: Any) -> Path:
+    return save_checkpoint(run, taken(trained, replace(PROGRESS, update=update)), keep=keep, **options)
 
 
 def names(run: Path) -> list[str]:
@@ -75,15 +93,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_loaded_is_what_was_saved_and_goes_on_bitwise(num_updates: int, tmp_path: Path) -> None:
     model, optimizer = build(num_updates)
     progress = replace(PROGRESS, update=num_updates)
-    folder = save_checkpoint(tmp_path, model, optimizer.state_dict(), progress, keep=2)
+    folder = save_checkpoint(tmp_path, taken((model, optimizer), progress), keep=2)
     assert folder == latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / f"{num_updates:08d}"
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.pt", "progress.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     other, fresh = build(seed=1)
     assert load_checkpoint(folder, other, fresh) == progress
-    assert not differences(snapshot(other, fresh), snapshot(model, optimizer))
+    assert not differences(moment(other, fresh), moment(model, optimizer))
     train(model, optimizer, 4)
     train(other, fresh, 4)
-    assert not differences(snapshot(other, fresh), snapshot(model, optimizer))
+    assert not differences(moment(other, fresh), moment(model, optimizer))
 
 
 def test_weights_can_be_loaded_without_an_optimizer(tmp_path: Path) -> None:
@@ -99,18 +121,18 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     save(tmp_path, trained, 4)
     assert torch.equal(before, torch.get_rng_state())
-    assert not differences(snapshot(*trained), snapshot(*plain))
+    assert not differences(moment(*trained), moment(*plain))
 
 
 @pytest.mark.parametrize(
     "progress", [PROGRESS, Progress(0, 0, 0.0), replace(PROGRESS, is_finished=True, val_loss=None)]
 )
 def test_progress_is_read_back_as_it_was(progress: Progress, tmp_path: Path) -> None:
-    assert read_progress(save_checkpoint(tmp_path, *stated(build()), progress, keep=1)) == progress
+    assert read_progress(save_checkpoint(tmp_path, taken(build(), progress), keep=1)) == progress
 
 
 def test_a_loss_that_is_not_finite_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, *stated(build()), replace(PROGRESS, val_loss=float("inf")), keep=1)
+    folder = save_checkpoint(tmp_path, taken(build(), replace(PROGRESS, val_loss=float("inf"))), keep=1)
     assert read_progress(folder).val_loss == float("inf")
 
 
@@ -128,15 +150,49 @@ def test_the_newest_are_kept_and_the_latest_is_the_highest(keep: int, tmp_path: 
     assert [path.name for path in checkpoints(tmp_path)] == names(tmp_path)
 
 
-def test_saving_an_update_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "kept"), [(10, [0, 10, 20, 25, 30]), (7, [0, 25, 30]), (None, [25, 30]), (1, None)])
+def test_those_of_every_so_many_updates_are_kept_too(every: int | None, kept: list[int] | None, tmp_path: Path) -> None:
+    trained, updates = build(), [0, 5, 10, 15, 20, 25, 30]
+    for update in updates:
+        save(tmp_path, trained, update, keep_every=every)
+    assert names(tmp_path) == [f"{update:08d}" for update in kept or updates]
+
+
+def test_the_progress_of_a_checkpoint_can_be_written_anew(tmp_path: Path) -> None:
     trained = build(3)
     folder = save(tmp_path, trained, 3)
-    save_checkpoint(tmp_path, *stated(trained), replace(PROGRESS, update=3, is_finished=True), keep=2)
+    before = contents(folder)
+    save_progress(folder, replace(PROGRESS, update=3, is_finished=True), {"rank": 5})
     assert names(tmp_path) == ["00000003"]
     assert read_progress(folder).is_finished
+    assert read_config(folder) == {"rank": 5}
+    assert {name for name, data in contents(folder).items() if data != before[name]} == {"state.json"}
+    assert damage_of(folder) is None
+    load_checkpoint(folder, *build(seed=1))
 
 
-@pytest.mark.parametrize("name", [".00000009.partial", "00000009.partial", "notes", ".DS_Store", "9.5"])
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    drawn()
+    folder = save(tmp_path, build(3), 3)
+    expected = drawn()
+    load_checkpoint(folder, *build(seed=1))
+    assert drawn() == expected
+
+
+def test_what_is_saved_is_the_moment_at_which_it_was_taken(tmp_path: Path) -> None:
+    """Training goes on while a snapshot is written."""
+    trained = build(4)
+    image, then = taken(trained, replace(PROGRESS, update=4)), moment(*build(4))
+    train(*trained, 3)
+    loaded = build(seed=1)
+    load_checkpoint(save_checkpoint(tmp_path, image, keep=1), *loaded)
+    assert not differences(moment(*loaded), then)
+
+
+@pytest.mark.parametrize("name", ["00000009.damaged", "00000009.partial", "notes", ".DS_Store", "9.5"])
 def test_what_is_no_checkpoint_is_never_the_latest_and_stays(name: str, tmp_path: Path) -> None:
     trained = build()
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -147,8 +203,9 @@ def test_what_is_no_checkpoint_is_never_the_latest_and_stays(name: str, tmp_path
     assert name in names(tmp_path)
 
 
-def test_what_a_killed_save_left_is_written_over(tmp_path: Path) -> None:
-    partial = tmp_path / "checkpoints" / ".00000003.partial"
+@pytest.mark.parametrize("left", [".00000003.partial", ".00000007.partial", ".00000001.removed"])
+def test_what_a_killed_save_left_goes_with_the_next(left: str, tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / left
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="holds no checkpoint to resume or export"):
@@ -186,13 +243,14 @@ def no_space_for_folders(source: Path, target: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "function", "failure"),
     [
-        (checkpoint, "save_merged", no_space),
-        (torch, "save", no_space),
-        (checkpoint, "_flush", no_space),
+        (checkpoint, "save_file", no_space),
+        (checkpoint, "flushed", no_space),
+        (checkpoint, "write_record", no_space),
         (os, "fsync", no_space),
         (os, "replace", no_space),
         (os, "replace", no_space_for_folders),
-        (Path, "write_text", no_space),
+        (Path, "mkdir", no_space),
+        (Path, "open", no_space),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -214,18 +272,17 @@ def test_a_write_that_fails_leaves_every_earlier_checkpoint_and_no_half_of_one(
     assert names(tmp_path) == ["00000002", "00000003"]
 
 
-def test_a_failing_rewrite_of_an_update_leaves_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a run saves the last update's checkpoint again, as finished."""
-    trained = build(3)
-    folder = save(tmp_path, trained, 3, keep=1)
+def test_progress_that_cannot_be_written_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run writes the last update's progress again, as finished."""
+    folder = save(tmp_path, build(3), 3, keep=1)
     before = contents(tmp_path)
-    for function, failure in (("fsync", no_space), ("replace", no_space)):
+    for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, function, failure)
+            patch.setattr(os, function, no_space)
             with pytest.raises(UserError, match="earlier checkpoints are untouched"):
-                save(tmp_path, trained, 3, keep=1)
-        assert latest_checkpoint(tmp_path) == folder
+                save_progress(folder, replace(PROGRESS, update=3, is_finished=True), {})
         assert contents(tmp_path) == before
+    assert damage_of(folder) is None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -239,11 +296,64 @@ def test_what_ends_a_save_otherwise_leaves_earlier_checkpoints(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", end)
+        patch.setattr(checkpoint, "save_file", end)
         with pytest.raises(error):
             save(tmp_path, trained, 2)
     assert latest_checkpoint(tmp_path) == folder
     load_checkpoint(folder, *build(seed=1))
+
+
+def test_the_folder_of_a_run_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder .*run is gone"):
+        save(tmp_path / "run", build(), 1)
+    assert not (tmp_path / "run").exists()
+
+
+def moments(run: Path, work: Callable[[], object]) -> list[dict[str, bytes]]:
+    """Return what a kill would leave of a run's folder, before every line of what writes."""
+    files = {module.__file__ for module in (checkpoint, disk, record)}
+    found: list[dict[str, bytes]] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        now = contents(run)
+        if now not in found:
+            found.append(now)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return found
+
+
+@pytest.mark.parametrize("what", ["a checkpoint", "progress"])
+def test_a_kill_before_any_line_leaves_whole_checkpoints_alone(what: str, tmp_path: Path) -> None:
+    trained, run = build(3), tmp_path / "run"
+    run.mkdir()
+    for update in (1, 2):
+        save(run, trained, update)
+    if what == "progress":
+        progress = replace(PROGRESS, update=2, is_finished=True)
+        found = moments(run, lambda: save_progress(run / "checkpoints" / "00000002", progress, {}))
+    else:
+        image = taken(trained, replace(PROGRESS, update=3))
+        found = moments(run, lambda: save_checkpoint(run, image, keep=2))
+    assert len(found) > {"progress": 3, "a checkpoint": 10}[what]
+    for number, files in enumerate(found):
+        left = tmp_path / str(number)
+        for name, data in files.items():
+            (left / name).parent.mkdir(parents=True, exist_ok=True)
+            (left / name).write_bytes(data)
+        assert int(latest_checkpoint(left).name) >= 2
+        assert [damage_of(path) for path in checkpoints(left)] == [None] * len(checkpoints(left))
+        save(left, trained, 4)
+        assert names(left)[-1] == "00000004"
+        assert not [name for name in names(left) if name.startswith(".")]
 
 
 @pytest.fixture
@@ -252,7 +362,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(disk)]
     if mount is None or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("a full disk needs the right to mount a tmpfs")
     yield disk
@@ -290,7 +400,7 @@ def garbage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, garbage, Path.unlink])
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "progress.json"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "state.json"])
 def test_a_damaged_file_is_one_sentence_that_names_it(
     name: str, damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -304,60 +414,198 @@ def test_a_damaged_file_is_one_sentence_that_names_it(
     assert len(message) < 600
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint, which stays as it is."""
+    return save(tmp_path_factory.mktemp("good"), build(4), 4)
+
+
+@contextmanager
+def spoiled(good: Path, name: str, data: bytes) -> Iterator[Path]:
+    """Give a copy of a checkpoint in which one file holds other bytes."""
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "checkpoints" / "00000004"
+        shutil.copytree(good, folder)
+        (folder / name).write_bytes(data)
+        yield folder
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@given(name=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+@settings(max_examples=60, deadline=None)
+def test_a_byte_that_has_changed_is_noticed(good: Path, name: str, place: float, flip: int) -> None:
+    data = bytearray((good / name).read_bytes())
+    data[int(place * len(data))] ^= flip
+    with spoiled(good, name, bytes(data)) as folder:
+        try:
+            damage = damage_of(folder)
+        except UserError as error:  # the byte of the format's number
+            damage = str(error)
+        assert damage is not None
+        assert "\n" not in damage
+
+
+@given(name=st.sampled_from(FILES), data=st.binary(max_size=300))
+@settings(max_examples=60, deadline=None)
+def test_whatever_stands_in_a_file_costs_one_sentence(good: Path, name: str, data: bytes) -> None:
+    with spoiled(good, name, data) as folder, pytest.raises(UserError) as caught:
+        load_checkpoint(folder, *build(seed=1))
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["$dict", "$tuple", "$tensor", "$float", "update", "state", "1"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(key=st.sampled_from(["progress", "config", "optimizer", "random"]), value=JSON)
+@settings(max_examples=100, deadline=None)
+def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_checksum_is_right(
+    good: Path, key: str, value: Any
+) -> None:
+    with spoiled(good, "none", b"") as folder:
+        whole = read_record(folder)
+        content = {"format": 2, "files": {}, "values": {**whole.values, key: value}}
+        text = json.dumps({**content, "crc32": zlib.crc32(json.dumps(content).encode())})
+        (folder / "state.json").write_text(text)
+        state = torch.get_rng_state()
+        with suppress(UserError):  # whatever else is raised fails the test; some values are as good as those that were
+            load_checkpoint(folder, *build(seed=1))
+            read_config(folder)
+        torch.set_rng_state(state)
+
+
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "[]",
-        "3",
-        "null",
-        "{}",
-        '{"format": 1}',
-        '{"format": 1, "update": 3, "attempts": 3, "seconds": 1.0, "more": 1}',
-        '{"format": 1, "update": 3',
-        '{"format": 1, "update": "three", "attempts": 3, "seconds": 1.0}',
-        '{"format": 1, "update": null, "attempts": 3, "seconds": 1.0}',
-    ],
+    ["", "[]", "3", "null", "{}", '{"format": 2}', '{"format": 2, "files": {}, "values": {}}', "[" * 100_000],
+    ids=lambda text: text[:40],
 )
-def test_progress_that_makes_no_sense_is_one_sentence_with_the_remedy(text: str, tmp_path: Path) -> None:
-    folder = save(tmp_path, build(), 3)
-    (folder / "progress.json").write_text(text)
-    with pytest.raises(
-        UserError, match=r"progress\.json is damaged \(.*\): delete the folder .*00000003 to go on"
-    ) as caught:
+def test_a_record_that_makes_no_sense_is_one_sentence_with_the_remedy(text: str, good: Path) -> None:
+    with (
+        spoiled(good, "state.json", text.encode()) as folder,
+        pytest.raises(UserError, match=r"state\.json (is damaged \(.*\): delete the folder .*4|has format)") as caught,
+    ):
         read_progress(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_another_format_names_both(tmp_path: Path) -> None:
-    folder = save(tmp_path, build(), 3)
-    content = json.loads((folder / "progress.json").read_text())
-    (folder / "progress.json").write_text(json.dumps({**content, "format": 9}))
-    with pytest.raises(UserError, match="has format 9 and not 1: use the version of relora-opt that wrote it"):
+def test_a_record_of_unreasonable_size_is_not_read(good: Path) -> None:
+    with spoiled(good, "state.json", b"") as folder:
+        os.truncate(folder / "state.json", 1 << 40)  # a hole, which takes no room
+        with pytest.raises(UserError, match="1,099,511,627,776 bytes, more than 67,108,864"):
+            read_record(folder)
+
+
+def test_another_format_names_both(good: Path) -> None:
+    content = json.loads((good / "state.json").read_text())
+    text = json.dumps({**content, "format": 9}).encode()
+    with (
+        spoiled(good, "state.json", text) as folder,
+        pytest.raises(UserError, match="has format 9 and not 2: use the version of relora-opt that wrote it"),
+    ):
         read_progress(folder)
 
 
-def test_a_state_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
-    folder = save(tmp_path, build(4), 4)
+def test_a_state_that_does_not_fit_is_one_sentence(good: Path) -> None:
     model = Llama(SHAPE)
     other = ReLoRAOptimizer(model, torch.optim.AdamW, rank=5, schedule=jagged_schedule(3, 1, 2))
-    with pytest.raises(UserError, match=r"optimizer\.pt cannot be loaded: the saved state has rank \[4, 0\]"):
-        load_checkpoint(folder, model, other)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors cannot be loaded: the saved state has rank \[4, 0\]"):
+        load_checkpoint(good, model, other)
     other_shape = Llama(replace(SHAPE, hidden_size=32))
     with pytest.raises(UserError, match="00000004"):
-        load_checkpoint(folder, other_shape)
+        load_checkpoint(good, other_shape)
 
 
-def test_a_checkpoint_runs_no_code_of_strangers(tmp_path: Path) -> None:
-    """optimizer.pt is read with weights_only."""
+def test_tensors_are_loaded_where_fresh_ones_would_lie(good: Path) -> None:
+    """A product's last bits may depend on the address, and a file's tensors lie anywhere."""
+    _, optimizer = trained = build(seed=1)
+    load_checkpoint(good, *trained)
+    factors = [state[name] for state in optimizer.state.values() for name in ("A", "B") if name in state]
+    assert factors
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in factors)
 
+
+# ---- which one is used
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(name: str, tmp_path: Path) -> None:
+    trained = build(3)
+    for update in (1, 2, 3):
+        save(tmp_path, trained, update, keep=9)
+    damaged = tmp_path / "checkpoints" / "00000003" / name
+    garbage(damaged)
+    said: list[str] = []
+    assert newest_whole(tmp_path, said.append).name == "00000002"
+    assert len(said) == 1
+    assert said[0].startswith(f"{damaged} is damaged (")
+    assert said[0].endswith("; it is now 00000003.damaged, and the checkpoint before it is used")
+    assert names(tmp_path) == ["00000001", "00000002", "00000003.damaged"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path: Path) -> None:
+    trained = build(3)
+    for update in (1, 2):
+        empty(save(tmp_path, trained, update) / "state.json")
+    said: list[str] = []
+    with pytest.raises(UserError, match="holds no checkpoint that is whole: 00000002 and all before it are damaged"):
+        newest_whole(tmp_path, said.append)
+    assert len(said) == 2
+
+
+def test_a_checkpoint_of_a_later_format_is_not_called_damaged(tmp_path: Path) -> None:
+    folder = save(tmp_path, build(3), 3)
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(UserError, match="has format 3 and not 2"):
+        newest_whole(tmp_path, print)
+    assert names(tmp_path) == ["00000003"]
+
+
+# ---- format 1
+
+
+def of_format_1(folder: Path, optimizer: Any, progress: Progress) -> None:
+    """Make a checkpoint what the first version wrote."""
+    torch.save(optimizer, folder / "optimizer.pt")
+    values = {name: value for name, value in asdict(progress).items() if name != "skips"}
+    (folder / "progress.json").write_text(json.dumps({"format": 1, **values}) + "\n")
+    for name in ("optimizer.safetensors", "state.json"):
+        (folder / name).unlink()
+
+
+def test_a_checkpoint_of_format_1_is_upgraded_in_place_bitwise(tmp_path: Path) -> None:
+    model, optimizer = build(4)
+    progress = replace(PROGRESS, update=4)
+    folder = save(tmp_path, (model, optimizer), 4)
+    of_format_1(folder, optimizer.state_dict(), progress)
+    upgrade_checkpoint(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    other, fresh = build(seed=1)
+    assert load_checkpoint(folder, other, fresh) == progress
+    assert not differences(moment(other, fresh), moment(model, optimizer))
+    before = contents(folder)
+    upgrade_checkpoint(folder)
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_of_format_1_runs_no_code_of_strangers(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "touched",))
 
     folder = save(tmp_path, build(), 3)
-    torch.save({"state": Evil()}, folder / "optimizer.pt")
-    with pytest.raises(UserError, match=r"optimizer\.pt cannot be loaded") as caught:
-        load_checkpoint(folder, *build(seed=1))
+    of_format_1(folder, {"state": Evil()}, PROGRESS)
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"progress\.json is damaged \(UnpicklingError of it or optimizer\.pt\)"):
+        upgrade_checkpoint(folder)
     assert not (tmp_path / "touched").exists()
-    assert "\n" not in str(caught.value)
+    assert contents(folder) == before

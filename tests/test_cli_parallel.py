@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from relora_opt_cli.checkpoint import read_config, read_progress, save_progress
 from relora_opt_cli.config import UserError
 from relora_opt_cli.parallel import World, world
 from safetensors.torch import load_file
@@ -334,12 +336,12 @@ def test_a_run_is_resumed_from_the_main_process_s_checkpoint_or_not_at_all(tmp_p
     )
     of_there = tmp_path / "there" / "run" / "checkpoints"
     (of_there / "00000003").rename(of_there / "00000006")
-    progress = of_there / "00000006" / "progress.json"
-    progress.write_text(progress.read_text().replace('"attempts": 6', '"attempts": 7'))
+    newest = of_there / "00000006"
+    save_progress(newest, replace(read_progress(newest), attempts=7), read_config(newest))
     (line,) = said(sabotaged(tmp_path, body, "--resume", "run"))
     assert line.startswith("rank 1: run/checkpoints/00000006 is not that of rank 0 (Progress(update=6, attempts=7")
-    progress.write_text(progress.read_text().replace('"attempts": 7', '"attempts": 6'))
-    (of_there / "00000006").rename(of_there / "00000007")
+    save_progress(newest, replace(read_progress(newest), attempts=6), read_config(newest))
+    newest.rename(of_there / "00000007")
     shutil.copytree(tmp_path / "run" / "checkpoints" / "00000006", of_there / "00000006")
     sabotaged(tmp_path, body, "--resume", "run", fails=False)  # a newer one elsewhere does not count
 
@@ -413,7 +415,6 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved(
     """The second checkpoint finds no room: files of the main process have 1 MB at most from then on."""
     body = """
 def fill():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 if rank == 0: saving.save_checkpoint = after(saving.save_checkpoint, 2, fill)
 """
