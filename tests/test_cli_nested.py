@@ -53,7 +53,9 @@ def is_same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(is_same, ours, theirs))
     if isinstance(ours, float):
-        return math.copysign(1, ours) == math.copysign(1, theirs) and (ours == theirs or ours != ours)
+        return math.isnan(ours) == math.isnan(theirs) and (
+            math.isnan(ours) or (ours == theirs and math.copysign(1, ours) == math.copysign(1, theirs))
+        )
     return bool(ours == theirs)
 
 
