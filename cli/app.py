@@ -1,4 +1,4 @@
-"""The command `relora-opt`: pretrain, export, generate, plot, spectrum.
+"""The command `relora-opt`: pretrain, export, generate, eval, plot, spectrum.
 
 What is heavy (torch, datasets, matplotlib) is imported inside the commands, so that `--help` is quick.
 """
@@ -115,7 +115,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 means all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that have this share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Write a text with a trained model: the prompt, and what follows it."""
     from .generate import generate as pieces
@@ -127,6 +127,47 @@ def generate(
     with streamed_output() as write:
         for piece in chain([prompt], text):
             write(piece)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a run, an export, a checkpoint or a Hugging Face Llama.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Texts, as for pretrain. (default: those that the run holds out)")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key of the text in .jsonl lines and datasets.")] = "text",
+    sequences: Annotated[
+        int | None, typer.Option(help="Predict only so many, drawn as those of a run's own reports: 256.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence. (default: the run's, or at most 1024)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time. (default: the run's, or 4)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Matrix products in auto, float32 or bfloat16. (default: the run's, or float32)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    is_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Measure how well a model predicts a text: loss, perplexity and bits per byte."""
+    from .evaluate import evaluate as evaluation_of
+    from .evaluation import print_evaluation
+
+    evaluation = evaluation_of(
+        model,
+        data=data or (),
+        text_field=text_field,
+        num_sequences=sequences,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        console=Console(stderr=True),
+    )
+    if is_json:
+        typer.echo(evaluation.to_json())
+    else:
+        print_evaluation(evaluation, console=Console())
 
 
 @app.command()
@@ -159,8 +200,8 @@ def spectrum(
 
 
 def _spread_data(arguments: list[str]) -> list[str]:
-    """Let `--data A B C` mean `--data A --data B --data C`: pretrain takes no positional argument."""
-    if arguments[:1] != ["pretrain"]:
+    """Let `--data A B C` mean `--data A --data B --data C`; `eval` has its MODEL before."""
+    if arguments[:1] not in (["pretrain"], ["eval"]):
         return arguments
     spread: list[str] = []
     is_data = False

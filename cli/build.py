@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: the model's shape, the optimizer, the device, the precision.
+"""From a configuration to what is trained: the model's shape and the optimizer.
 
 The selected matrices train at `lr`, with factors or without; embeddings, head and norms train at `rest_lr`.
 """
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, target_names, wsd
@@ -28,7 +27,6 @@ _PRUNE: dict[str, Callable[..., prune.Strategy]] = {
     "magnitude": prune.magnitude,
     "random": prune.random,
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model_config(config: Config) -> LlamaConfig:
@@ -120,26 +118,3 @@ def _schedule(config: Config) -> JaggedSchedule:
 def _prune(config: Config) -> prune.Strategy:
     name, ratio = parse_prune(config.prune)
     return _PRUNE[name]() if ratio is None else _PRUNE[name](ratio)
-
-
-def find_device(config: Config) -> torch.device:
-    if config.device != "auto":
-        try:
-            return torch.empty(0, device=config.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device={config.device!r} is not to be had here: {str(error).splitlines()[0]}") from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" takes bfloat16 where the machine multiplies it in hardware."""
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_multiplies_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -22,7 +22,7 @@ from .trained import Trained, load_trained
 
 
 def generate(
-    folder: Path, prompt: str, *, max_new_tokens: int = 100, sampling: Sampling | None = None, device: str = "cpu"
+    folder: Path, prompt: str, *, max_new_tokens: int = 100, sampling: Sampling | None = None, device: str = "auto"
 ) -> Iterator[str]:
     """Return an iterator over the pieces of the text that continues a prompt; the prompt itself is not among them.
 
@@ -34,7 +34,7 @@ def generate(
             spells out are read as such.
         max_new_tokens: tokens to generate at most, at least 1.
         sampling: how they are drawn; None is `Sampling()`.
-        device: where the model runs, such as "cpu" or "cuda".
+        device: where the model runs, such as "cpu" or "cuda"; "auto" takes an accelerator where there is one.
 
     Raises:
         UserError: a value out of range, or a folder without a model; before the first piece.

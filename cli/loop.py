@@ -14,22 +14,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_opt import Metrics, ReLoRAOptimizer
 
-from .build import autocast_dtype
 from .config import Config, UserError
-from .data import Batches, Corpus
+from .data import Batches
+from .device import autocast_dtype
 from .log import Log, numbers
+from .loss import batch_loss
 from .metrics import Phase, Row
+from .predicted import drawn_sequences
 from .report import View
 from .run import Run
 from .saving import save
 from .shard import DenseStep
-
-_EVAL_SEQUENCES = 256  # drawn once from the held-out documents
 
 
 class Loop:
@@ -39,12 +38,12 @@ class Loop:
         config = run.config
         self.run, self.view, self.metrics, self.log = run, view, metrics, log
         self.device = next(run.model.parameters()).device
-        self.dtype = autocast_dtype(config, self.device)
+        self.dtype = autocast_dtype(config.dtype, self.device)
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
         self.micro_batch_size = min(config.micro_batch_size, config.batch_size // run.processes.size)
         self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
         self.step = self._make_step()
-        self.validation = _validation_set(run.corpus, config).to(self.device)
+        self.validation = drawn_sequences(run.corpus.val, seq_len=config.seq_len).to(self.device)
         self.unfinished: Row | None = None  # of the update that is made but not reported yet
 
     def _make_step(self) -> Callable[[Tensor], Tensor]:
@@ -117,9 +116,7 @@ class Loop:
         self._report(row)
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = model(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return batch_loss(model, tokens, dtype=self.dtype)
 
     @torch.no_grad()
     def _validate(self, *, is_switch: bool) -> float:
@@ -190,13 +187,6 @@ def _is_switch(config: Config, update: int) -> bool:
 def _update_rms(row: Row, seen: Metrics) -> float | None:
     """What an update moved the weights by; of one that was made before the run was resumed, its row knows."""
     return row.update_rms if seen.update_rms is None else seen.update_rms
-
-
-def _validation_set(corpus: Corpus, config: Config) -> Tensor:
-    """Return the held-out sequences that are evaluated, (at most _EVAL_SEQUENCES, seq_len + 1): always the same."""
-    held_out = Batches(corpus.val, seq_len=config.seq_len, batch_size=1)
-    count = min(held_out.num_blocks, _EVAL_SEQUENCES)
-    return Batches(corpus.val, seq_len=config.seq_len, batch_size=count).batch(0)
 
 
 def _phase(optimizer: ReLoRAOptimizer) -> Phase:

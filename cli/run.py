@@ -22,9 +22,10 @@ from rich.console import Console
 
 from relora_opt import ReLoRAOptimizer
 
-from .build import find_device, make_optimizer, model_config, with_vocabulary
+from .build import make_optimizer, model_config, with_vocabulary
 from .config import FIELDS, Config, UserError, to_toml
 from .data import Corpus, prepare
+from .device import find_device
 from .export import MODEL_CONFIG, TOKENIZER
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
@@ -94,7 +95,7 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     )
     shape = with_vocabulary(shape, corpus, config)
     processes.check_alike(shape, lambda other: f"the model is {shape}, and {other} on rank 0: give all the same")
-    device = find_device(config)
+    device = find_device(config.device)
     model = Llama(shape).to(device)
     set_weights(model)
     if _is_sharded(config, processes):

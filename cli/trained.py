@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 
 from .checkpoint import checkpoints
 from .config import UserError
+from .device import find_device
 from .export import MODEL_CONFIG, TOKENIZER
 from .model import Llama, load_config, load_weights
 from .tokens import load_tokenizer, vocabulary_size
 
-_RUN_CONFIG = "config.toml"
+RUN_CONFIG = "config.toml"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -54,12 +55,12 @@ def find_trained(folder: Path) -> Place:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a run, an export or another folder with a model's weights")
-    if (folder / _RUN_CONFIG).is_file():
+    if (folder / RUN_CONFIG).is_file():
         return _of_run(folder)
     if not _has_weights(folder):
         raise UserError(f"{folder} holds no {_WEIGHTS[0]}: give a run, an export or another folder that does")
     run = folder.absolute().parent.parent
-    is_checkpoint = folder.absolute().parent.name == "checkpoints" and (run / _RUN_CONFIG).is_file()
+    is_checkpoint = folder.absolute().parent.name == "checkpoints" and (run / RUN_CONFIG).is_file()
     return Place(folder, run, run) if is_checkpoint else Place(folder, folder)
 
 
@@ -82,12 +83,12 @@ def load_trained(folder: Path, *, device: str) -> Trained:
     Args:
         folder: a run, an export, a checkpoint, or any other folder with a Llama's weights, config.json and
             tokenizer.json.
-        device: where the model goes, such as "cpu" or "cuda".
+        device: where the model goes, such as "cpu" or "cuda"; "auto" takes an accelerator where there is one.
 
     Raises:
         UserError: for what is missing, torn or does not fit together, and for a device that is not there.
     """
-    place = find_trained(folder)
+    where, place = find_device(device), find_trained(folder)
     tokenizer = _tokenizer(place.shape / TOKENIZER)
     model = Llama(load_config(place.shape / MODEL_CONFIG))
     size, vocab_size = vocabulary_size(tokenizer), model.config.vocab_size
@@ -96,10 +97,7 @@ def load_trained(folder: Path, *, device: str) -> Trained:
             f"{place.shape / TOKENIZER} has {size} tokens, the model vocab_size={vocab_size}: use the model's own"
         )
     load_weights(model, place.weights)
-    try:
-        return Trained(model.to(device).eval(), tokenizer, place)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        raise UserError(f"device={device!r} cannot be used ({str(error).splitlines()[0]}): choose another") from error
+    return Trained(model.to(where).eval(), tokenizer, place)
 
 
 def _tokenizer(file: Path) -> Tokenizer:

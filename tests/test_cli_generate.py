@@ -173,7 +173,7 @@ def test_a_run_needs_no_export(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"device": "abacus"}, "device='abacus' cannot be used"),
+        ({"device": "abacus"}, "device='abacus' is not to be had here"),
         ({"prompt": "na\udcffve"}, r"prompt='na\\udcffve' is not Unicode text"),
     ],
 )

@@ -174,7 +174,9 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert set(run(script)) - STANDARD - {"torch"} == {"relora_opt"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["export", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pretrain", "--help"], ["export", "--help"], ["eval", "--help"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     script = f"""
 import os, sys
