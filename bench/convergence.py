@@ -71,7 +71,8 @@ class Spec:
 def run(spec: Spec) -> dict[str, Any]:
     """Train as a spec says; return the result."""
     import torch
-    from relora_opt_cli.data import Batches, prepare
+    from relora_opt_cli.corpus import Settings, prepare
+    from relora_opt_cli.data import Batches
     from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 
     from . import methods, variants
@@ -79,7 +80,7 @@ def run(spec: Spec) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     size = SIZES[spec.size]
-    corpus = prepare([source(spec.text)], seq_len=size.seq_len, vocab_size=size.vocab_size)
+    corpus = prepare([source(spec.text)], Settings(vocab_size=size.vocab_size), seq_len=size.seq_len)
     width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)
     model = Llama(LlamaConfig(size.vocab_size, width, inner, 4, 4, max_position_embeddings=size.seq_len))
     init_weights(model, seed=spec.seed)

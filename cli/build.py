@@ -16,7 +16,7 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear
 
 from .bases import base_optimizer
 from .config import Config, UserError, parse_prune
-from .data import Corpus
+from .corpus import Corpus
 from .export import MODEL_CONFIG
 from .model import PRESETS, LlamaConfig, load_config
 
@@ -40,7 +40,7 @@ def model_config(config: Config) -> LlamaConfig:
 
 def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
     """Give a preset the tokenizer's vocabulary; hold any other model against it."""
-    size = corpus.tokenizer.get_vocab_size()
+    size = corpus.vocab_size
     if config.vocab_size is not None and config.tokenizer is not None and config.vocab_size != size:
         raise UserError(
             f"vocab_size={config.vocab_size}, but the tokenizer {config.tokenizer!r} has {size}: leave one out"

@@ -42,12 +42,14 @@ class Config:
     """A run, resolved. Lengths are in updates, unless a name says otherwise."""
 
     data: tuple[str, ...] = _option(
-        "Texts: .txt (a document a file), .jsonl, folders, or a name for the datasets library. "
-        "(default: State of the Union messages)",
+        "Texts: .txt (a document a file), .jsonl (.zst, .gz), .parquet, folders, patterns, NAME:CONFIG:SPLIT for the "
+        "datasets library, or a folder made by relora-opt tokenize. (default: State of the Union messages)",
         panel=_DATA,
     )
-    text_field: str = _option("Key of the text in .jsonl lines and datasets. (default: text)", panel=_DATA)
-    tokenizer: str | None = _option("A tokenizer.json to use instead of training one.", panel=_DATA)
+    text_field: str = _option("Key of the text in lines and tables. (default: text)", panel=_DATA)
+    val_share: float = _option("Share of the documents to hold out. (default: 0.05)", panel=_DATA)
+    tokenizer: str | None = _option("A tokenizer.json, or a folder with one, instead of training one.", panel=_DATA)
+    allow_lossy: bool = _option("Take a tokenizer that does not give every text back.", panel=_DATA)
     vocab_size: int | None = _option("Tokens of the vocabulary to train. (default: by preset)", panel=_DATA)
     seq_len: int = _option("Tokens in a sequence. (default: by preset)", panel=_DATA)
 
@@ -122,6 +124,8 @@ FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 _GENERAL: Options = {
     "data": (),
     "text_field": "text",
+    "val_share": 0.05,
+    "allow_lossy": False,
     "seq_len": 256,
     "batch_size": 8,
     "base": "adamw",
@@ -283,6 +287,8 @@ def _check(config: Config) -> None:
         raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
     if not 0 <= config.min_ratio <= 1:
         raise UserError(f"min_ratio={config.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
+    if not 0 < config.val_share <= 0.5:
+        raise UserError(f"val_share={config.val_share} must lie above 0 and not above 0.5: it is a share of the texts")
     if not config.max_grad_norm > 0:
         raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
     if config.warmup > config.steps:

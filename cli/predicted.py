@@ -18,9 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import Config, UserError
-from .data import Batches, prepare, read_documents, split_documents
+from .corpus import Settings, encode_sources, prepare
+from .data import Batches
 from .export import TOKENIZER
-from .tokens import Stream, encode_stream, end_of_text_id
+from .store import Stream
+from .tokens import end_of_text_id
 
 VALIDATION_SEQUENCES = 256  # that a run draws, once, from its held-out documents
 
@@ -46,8 +48,8 @@ class Text:
 
 def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str) -> Text:
     """Return all documents of some sources. Raises UserError where they cannot be read."""
-    documents = read_documents(sources, text_field=text_field)
-    return _text(documents, encode_stream(documents, tokenizer), tokenizer, ", ".join(sources))
+    tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field)
+    return Text(tokens, end_of_text_id(tokenizer), num_documents, num_bytes, ", ".join(sources))
 
 
 def held_out_text(run: Path, config: Config, *, fingerprint: str | None) -> Text:
@@ -60,19 +62,16 @@ def held_out_text(run: Path, config: Config, *, fingerprint: str | None) -> Text
     Raises:
         UserError: where the texts cannot be read, or are others.
     """
-    corpus = prepare(config.data, text_field=config.text_field, tokenizer=run / TOKENIZER, seq_len=config.seq_len)
+    settings = Settings(
+        tokenizer=run / TOKENIZER, text_field=config.text_field, val_share=config.val_share, allow_lossy=True
+    )
+    corpus = prepare(config.data, settings, seq_len=config.seq_len)
     if fingerprint not in (None, corpus.fingerprint):
         raise UserError(
             f"the texts are not those that {run} was trained on (data={list(config.data)}): restore them, or "
             "give --data"
         )
-    _, documents = split_documents(read_documents(config.data, text_field=config.text_field))
-    return _text(documents, corpus.val, corpus.tokenizer, f"held out by {run}")
-
-
-def _text(documents: list[str], tokens: Stream, tokenizer: Tokenizer, name: str) -> Text:
-    num_bytes = sum(len(document.encode()) for document in documents)
-    return Text(tokens, end_of_text_id(tokenizer), len(documents), num_bytes, name)
+    return Text(corpus.val, corpus.eos_id, corpus.num_val_documents, corpus.num_val_bytes, f"held out by {run}")
 
 
 def drawn_sequences(tokens: Stream, *, seq_len: int, num_sequences: int = VALIDATION_SEQUENCES) -> Tensor:

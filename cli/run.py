@@ -24,11 +24,12 @@ from relora_opt import ReLoRAOptimizer
 
 from .build import make_optimizer, model_config, with_vocabulary
 from .config import FIELDS, Config, UserError, to_toml
-from .data import Corpus, prepare
+from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .export import MODEL_CONFIG, TOKENIZER
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
+from .pace import Pace
 from .parallel import World
 from .progress import Progress
 from .shard import shard
@@ -80,16 +81,14 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     _check_shares(config, processes)
     _set_threads(config)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
-    with console.status("reading and tokenizing the texts"):
-        corpus = processes.main_first(
-            lambda: prepare(
-                config.data,
-                text_field=config.text_field,
-                vocab_size=config.vocab_size or shape.vocab_size,
-                tokenizer=_tokenizer_file(config, folder),
-                seq_len=config.seq_len,
-            )
-        )
+    settings = Settings(
+        text_field=config.text_field,
+        vocab_size=config.vocab_size or shape.vocab_size,
+        tokenizer=_tokenizer_file(config, folder),
+        val_share=config.val_share,
+        allow_lossy=config.allow_lossy or (folder / TOKENIZER).is_file(),  # a run goes on with what it began with
+    )
+    corpus = processes.main_first(lambda: prepare(config.data, settings, seq_len=config.seq_len, pace=Pace(console)))
     processes.check_alike(
         corpus.fingerprint, lambda _: f"the texts are not those of rank 0 (data={list(config.data)}): copy those"
     )

@@ -1,38 +1,34 @@
-"""Text to tokens: the tokenizer, the packed stream of token ids, and the cache of both.
+"""The tokenizer: one that is given, or one trained on the texts, and where trained ones are kept.
 
-A stream is every document's tokens followed by end-of-text, one document after another, in one array. Special tokens
-spelled out in a document are ordinary text: only packing writes an end-of-text.
+A tokenizer that is given has to give every text back: `decode(encode(text)) == text` is tried on a sample. The trained
+ones do so for any text.
 
-The cache is keyed by what goes in (texts, vocabulary size, the tokenizer's contents, a format number), so a changed
-text or tokenizer finds nothing. Entries appear whole or not at all and carry a checksum, and whatever is wrong
-with an entry, or with the cache's folder, means building again and never an error.
+The cache is keyed by what goes in (the texts' digest, vocabulary size, the versions), so a changed text finds
+nothing. Entries appear whole or not at all and carry a checksum, and whatever is wrong with an entry, or with the
+cache's folder, means training again and never an error.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import heapq
 import os
-import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .config import UserError
+from .store import TOKENIZER
 
-Stream = npt.NDArray[np.integer[Any]]
 END_OF_TEXT = "<|endoftext|>"
+MOST_TRAINED_ON = 1 << 26  # characters
 _FOREIGN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
-_FORMAT = "1"
-_GROUP = 1 << 22  # characters encoded at a time: encodings take some hundred bytes a token until they are arrays
+_MOST_BYTES = 1 << 28  # of a tokenizer.json; those of models with 256,000 tokens have some 30 MB
+_FORMAT = "2"
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -62,17 +58,80 @@ def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def training_sample(texts: Iterable[str], *, most: int = MOST_TRAINED_ON) -> list[str]:
+    """Return what a tokenizer is trained on: all texts, in order, up to `most` characters.
+
+    Of more it takes those with the smallest hashes, as many as fit: they look drawn at random, and do not depend on the
+    order of the texts. Memory is bounded by `most`.
+    """
+    kept: list[tuple[int, int, str]] = []  # negative, so that the heap gives the largest hash first
+    size, least = 0, (-(1 << 256), 0)
+    for number, text in enumerate(texts):
+        place = (-int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"), -number)
+        if place <= least:
+            continue
+        heapq.heappush(kept, (*place, text))
+        size += len(text)
+        while size > most and len(kept) > 1:
+            digest, count, dropped = heapq.heappop(kept)
+            least, size = (digest, count), size - len(dropped)
+    return [text for *_, text in sorted(kept, key=lambda entry: -entry[1])]
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json, without its padding and truncation. Raises UserError for anything else."""
+    """Read a tokenizer.json, or the one in a folder, without its padding and truncation.
+
+    Raises:
+        UserError: for anything else.
+    """
+    file = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
+    remedy = f"give a {TOKENIZER}, or a folder with one"
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise UserError(f"tokenizer={str(path)!r} is no regular file: {remedy}")
+        if file.stat().st_size > _MOST_BYTES:
+            raise UserError(f"tokenizer={str(path)!r} has more than {_MOST_BYTES >> 20} MB: {remedy}")
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary_size(tokenizer)
     except FileNotFoundError as error:
-        raise UserError(f"tokenizer={str(path)!r} does not exist: give a tokenizer.json") from error
+        raise UserError(f"tokenizer={str(file)!r} does not exist: {remedy}") from error
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
-        raise UserError(f"tokenizer={str(path)!r} cannot be read ({error}): give a tokenizer.json") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        raise UserError(f"tokenizer={str(path)!r} cannot be read ({_reason(error)}): {remedy}") from error
     return tokenizer
+
+
+def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Refuse a tokenizer that does not give texts back as they were.
+
+    Raises:
+        UserError: with the first place that differs.
+    """
+    exact = Tokenizer.from_str(tokenizer.to_str())  # a copy, whose setting concerns nobody else
+    exact.encode_special_tokens = True
+    for text in texts:
+        back = _there_and_back(exact, text)
+        if back != text:
+            at = next(at for at in range(len(text) + 1) if text[: at + 1] != back[: at + 1])
+            raise UserError(
+                f"tokenizer does not give the texts back, {_excerpt(text, at)} comes back as {_excerpt(back, at)}: "
+                "give another one, or accept what it loses with --allow-lossy"
+            )
+
+
+def _there_and_back(tokenizer: Tokenizer, text: str) -> str:
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+    except Exception as error:  # a model without an unknown token, say
+        raise UserError(f"tokenizer cannot encode the texts ({_reason(error)}): give another one") from error
+
+
+def _excerpt(text: str, at: int) -> str:
+    return repr(text[max(0, at - 10) : at + 20])
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -89,37 +148,29 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def encode_stream(texts: Iterable[str], tokenizer: Tokenizer) -> Stream:
-    """Pack all texts, each followed by end-of-text, as uint16 where the vocabulary fits and as int32 otherwise."""
-    return np.concatenate(_encode_documents(texts, tokenizer))
+def cached_tokenizer(
+    texts: Callable[[], Iterable[str]], *, vocab_size: int, digest: str, folder: Path | None
+) -> Tokenizer:
+    """Return a tokenizer trained on `training_sample(texts())`, from the cache in `folder` where it is there.
 
-
-def cached_tokenizer(texts: list[str], *, vocab_size: int, folder: Path | None) -> Tokenizer:
-    """Return `fit_tokenizer`'s answer, from the cache in `folder` where it is there. None: no cache."""
-    if folder is None:
-        return fit_tokenizer(texts, vocab_size=vocab_size)
-    path = folder / f"tokenizer-{fingerprint([_FORMAT, tokenizers.__version__, str(vocab_size), *texts])}"
-    cached = _load_tokenizer(path)
-    if cached is not None:
+    Args:
+        texts: gives the texts; is not called where the tokenizer is there.
+        digest: of the texts.
+        folder: None means no cache.
+    """
+    path = folder and folder / f"tokenizer-{_key(digest, vocab_size)}"
+    cached = path and _load_tokenizer(path)
+    if cached:
         return cached
-    tokenizer = fit_tokenizer(texts, vocab_size=vocab_size)
-    contents = tokenizer.to_str()
-    _publish(path, lambda new: new.write_text(f"{fingerprint([contents])}\n{contents}", encoding="utf-8"))
+    tokenizer = fit_tokenizer(training_sample(texts()), vocab_size=vocab_size)
+    if path:
+        _publish(path, tokenizer.to_str())
     return tokenizer
 
 
-def cached_stream(texts: list[str], tokenizer: Tokenizer, *, folder: Path | None) -> Stream:
-    """Return `encode_stream`'s answer, from the cache in `folder` where it is there. None: no cache."""
-    if folder is None:
-        return encode_stream(texts, tokenizer)
-    path = folder / f"stream-{fingerprint([_FORMAT, tokenizer.to_str(), *texts])}"
-    cached = _load_stream(path) if path.exists() else None
-    if cached is not None:
-        return cached
-    documents = _encode_documents(texts, tokenizer)
-    stream = np.concatenate(documents)
-    _publish(path, lambda new: _save_stream(new, documents, checksum=_checksum(stream)))
-    return stream
+def _key(digest: str, vocab_size: int) -> str:
+    decisive = [_FORMAT, tokenizers.__version__, str(MOST_TRAINED_ON), str(vocab_size), digest]
+    return hashlib.sha256("\n".join(decisive).encode()).hexdigest()
 
 
 def default_cache_folder() -> Path | None:
@@ -128,103 +179,27 @@ def default_cache_folder() -> Path | None:
     return root / "relora-opt" if root.is_absolute() else None
 
 
-def fingerprint(parts: Iterable[str]) -> str:
-    """Return a hexadecimal digest of the parts, their order and their boundaries."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part.encode()).digest())
-    return whole.hexdigest()
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[Any]:
-    """Import `datasets`, which takes half a second, and lend it without its progress bars, logs and warnings."""
-    import datasets
-
-    had_bars = not datasets.are_progress_bars_disabled()
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield datasets
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> list[Stream]:
-    end = end_of_text_id(tokenizer)
-    dtype = np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.int32
-    documents: list[Stream] = []
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True  # a document that spells a special token does not get to write one
-    try:
-        for group in _groups(texts):
-            encodings = tokenizer.encode_batch_fast(group, add_special_tokens=False)
-            documents += [np.array([*encoding.ids, end], dtype=dtype) for encoding in encodings]
-    finally:
-        tokenizer.encode_special_tokens = before
-    return documents
-
-
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= _GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _checksum(stream: Stream) -> str:
-    return hashlib.sha256(stream.tobytes()).hexdigest()
-
-
 def _load_tokenizer(path: Path) -> Tokenizer | None:
     try:
         checksum, _, contents = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
         return None
-    return Tokenizer.from_str(contents) if checksum == fingerprint([contents]) else None
+    return Tokenizer.from_str(contents) if checksum == _checksum(contents) else None
 
 
-def _save_stream(path: Path, documents: list[Stream], *, checksum: str) -> None:
-    """Write one row a document."""
-    with quiet_datasets() as datasets:
-        kind = datasets.Features({"ids": datasets.Sequence(datasets.Value(str(documents[0].dtype)))})
-        dataset = datasets.Dataset.from_dict({"ids": documents}, features=kind)
-        dataset.info.description = checksum
-        dataset.save_to_disk(str(path))
-
-
-def _load_stream(path: Path) -> Stream | None:
-    try:
-        with quiet_datasets() as datasets:
-            dataset = datasets.load_from_disk(str(path))
-            rows = dataset.with_format("arrow")[:].column("ids")
-            stream = np.concatenate([chunk.flatten().to_numpy() for chunk in rows.chunks])
-            return stream if dataset.info.description == _checksum(stream) else None
-    except Exception:  # a damaged entry fails in any way it likes, and the remedy is always to build it again
-        return None
-
-
-def _publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Put what `write` makes at `path`, whole or not at all. An unwritable cache is no cache."""
+def _publish(path: Path, contents: str) -> None:
+    """Put a tokenizer into the cache, whole or not at all. An unwritable cache is no cache."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
             new = Path(scratch) / "new"
-            write(new)
-            if path.is_dir():
-                shutil.rmtree(path)
+            new.write_text(f"{_checksum(contents)}\n{contents}", encoding="utf-8")
             os.replace(new, path)
+
+
+def _checksum(contents: str) -> str:
+    return hashlib.sha256(contents.encode()).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

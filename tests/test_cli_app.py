@@ -58,19 +58,20 @@ def flags() -> dict[str, list[str]]:
     return {parameter.name: [*parameter.opts, *parameter.secondary_opts] for parameter in pretrain.params}
 
 
-SWITCHES = ("compile", "shard")
+SWITCHES = ("allow_lossy", "compile", "shard")
 
 
 def test_every_option_is_a_flag_in_kebab_case_and_has_a_help_and_a_panel() -> None:
     expected = {name: [f"--{name.replace('_', '-')}"] for name in (*FIELDS, "config", "resume")}
     for name in SWITCHES:
-        expected[name].append(f"--no-{name}")
+        expected[name].append(f"--no-{name.replace('_', '-')}")
     assert flags() == expected
     assert all(item.metadata["help"] and item.metadata["panel"] for item in FIELDS.values())
 
 
 VALUES: dict[str, tuple[list[str], Any]] = {
     "text_field": (["body"], "body"),
+    "val_share": (["0.1"], 0.1),
     "tokenizer": (["t.json"], "t.json"),
     "vocab_size": (["300"], 300),
     "seq_len": (["17"], 17),
@@ -317,7 +318,10 @@ def a_run_of_a_later_version(desk: Desk) -> list[str]:
 
 MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     # data
-    "missing file": (changed(data="nowhere.txt"), "data='nowhere.txt' does not exist: give a .txt or .jsonl file"),
+    "missing file": (
+        changed(data="nowhere.txt"),
+        "data='nowhere.txt' does not exist: give a .txt, .jsonl or",
+    ),
     "missing folder": (changed(data="./nowhere/at/all"), "data='./nowhere/at/all' does not exist"),
     "file of another kind": (data("a.csv", "x"), "is neither .txt nor .jsonl"),
     "empty corpus": (data("a.txt", " \n"), "holds no text"),

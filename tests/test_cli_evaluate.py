@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from documents import read, split
 from folders import CONFIG, small_model, write_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relora_opt_cli.app import app
 from relora_opt_cli.config import UserError, resolve
-from relora_opt_cli.data import read_documents, split_documents
 from relora_opt_cli.evaluate import Reading, evaluate
 from relora_opt_cli.evaluation import Evaluation
 from relora_opt_cli.metrics import read_metrics
@@ -149,7 +149,7 @@ def test_the_sequences_that_a_run_reports_give_the_number_that_it_reports(run: P
 
 
 def test_a_run_means_what_it_holds_out(run: Path, tmp_path: Path) -> None:
-    _, held_out = split_documents(read_documents([str(run.parent / "texts")]))
+    _, held_out = split(read(str(run.parent / "texts")))
     given_by_hand = write_texts(tmp_path / "held_out", held_out)
     own, other = evaluate(run), evaluate(run, data=[str(given_by_hand)])
     assert dataclasses.replace(own, data=other.data) == other

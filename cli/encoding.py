@@ -1,0 +1,130 @@
+"""Documents to token ids, piece by piece, on all cores.
+
+A piece is about four million characters of consecutive documents; where pieces begin depends on the documents alone, so
+that work can be taken up at any piece. `tokenizers` encodes the documents of a piece in parallel. While the ids of one
+piece are turned into arrays, which takes Python's lock and so one core, the next is being encoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from .config import UserError
+from .split import SplitPart
+from .store import SIDES, Stream, id_dtype
+from .tokens import end_of_text_id, vocabulary_size
+
+PIECE = 1 << 22  # characters; an encoding takes some hundred bytes a token
+_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive parts of documents."""
+
+    parts: list[SplitPart]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of the text, as UTF-8."""
+        return sum(len(part.text.encode()) for part in self.parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the parts, their order and their ends."""
+        whole = hashlib.sha256()
+        for part in self.parts:
+            raw = part.text.encode()
+            whole.update(f"{len(raw)} {part.is_last} {part.is_held_out}\n".encode() + raw)
+        return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a piece became.
+
+    Args:
+        ids: token ids of each side; every document ends with the end-of-text token.
+        num_documents: how many end here, on each side.
+        num_bytes: of the text, as UTF-8, on each side.
+    """
+
+    piece: Piece
+    ids: dict[str, Stream]
+    num_documents: dict[str, int]
+    num_bytes: dict[str, int]
+
+
+def cut_pieces(parts: Iterable[SplitPart], *, size: int = PIECE) -> Iterator[Piece]:
+    """Group consecutive parts into pieces of at least `size` characters."""
+    held: list[SplitPart] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += len(part.text)
+        if count >= size:
+            yield Piece(held)
+            held, count = [], 0
+    if held:
+        yield Piece(held)
+
+
+def chained(chain: str, digest: str) -> str:
+    """Return the digest of all pieces up to one, given that of all before and its own."""
+    return hashlib.sha256(f"{chain} {digest}".encode()).hexdigest()
+
+
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Encode pieces, in order. Special tokens spelled out in a document are ordinary text.
+
+    Raises:
+        UserError: where the tokenizer cannot encode a text, or has no end-of-text token.
+    """
+    encode = _Encoder(tokenizer)
+    pieces, waiting = iter(pieces), deque[Future[Encoded]]()
+    with ThreadPoolExecutor(_IN_FLIGHT) as threads:
+        try:
+            waiting.extend(threads.submit(encode, piece) for piece in islice(pieces, _IN_FLIGHT))
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(threads.submit(encode, piece) for piece in islice(pieces, 1))
+                yield done
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, whose setting concerns nobody else
+        self._tokenizer.encode_special_tokens = True
+        self._dtype = id_dtype(vocabulary_size(tokenizer))
+        self._end = np.array([end_of_text_id(tokenizer)], self._dtype)
+
+    def __call__(self, piece: Piece) -> Encoded:
+        ids: dict[str, list[Stream]] = {side: [np.empty(0, self._dtype)] for side in SIDES}
+        num_documents, num_bytes = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+        for part, encoding in zip(piece.parts, self._encoded([part.text for part in piece.parts]), strict=True):
+            side = SIDES[part.is_held_out]
+            ids[side].append(np.array(encoding.ids, self._dtype))
+            num_bytes[side] += len(part.text.encode())
+            if part.is_last:
+                ids[side].append(self._end)
+                num_documents[side] += 1
+        return Encoded(piece, {side: np.concatenate(ids[side]) for side in SIDES}, num_documents, num_bytes)
+
+    def _encoded(self, texts: list[str]) -> Sequence[Encoding]:
+        try:
+            encoded: Sequence[Encoding] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return encoded
+        except Exception as error:  # tokenizers raises bare Exception: a model without an unknown token, say
+            raise UserError(f"tokenizer cannot encode the texts ({error}): give another one") from error

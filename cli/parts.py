@@ -1,0 +1,52 @@
+"""Documents in parts: a long one is read, hashed and tokenized a part at a time, so that memory stays flat.
+
+A document of more than MOST_CHARACTERS is cut before a space between two letters. Tokenizers that split a text into
+words first, as those of GPT-2, Llama 3 and this project do, cut there too: the tokens are those of the whole
+document. Where no such space is near, the cut is at the last white space, or else right at the limit. A cut depends
+on the text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+MOST_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A document, or a part of a long one; the parts of a document follow each other."""
+
+    text: str
+    is_last: bool = True
+
+
+def parts(blocks: Iterable[str], *, most: int = MOST_CHARACTERS) -> Iterator[Part]:
+    """Yield the document that some blocks of text make up in parts of at most `most` characters, however it is blocked.
+
+    A document of white space alone has no parts, where it is no longer than one.
+
+    >>> [part.text for part in parts(["one two", " three"], most=9)]
+    ['one two', ' three']
+    """
+    held, is_first = "", True
+    for block in blocks:
+        held += block
+        while len(held) > most:
+            cut = _cut(held, most)
+            yield Part(held[:cut], is_last=False)
+            held, is_first = held[cut:], False
+    if not is_first or (held and not held.isspace()):
+        yield Part(held)
+
+
+def _cut(text: str, most: int) -> int:
+    """Return where to cut a text of more than `most` characters, at 1 to `most`."""
+    space = text.rfind(" ", 1, most)
+    while space > 0:
+        if text[space - 1].isalpha() and text[space + 1].isalpha():
+            return space
+        space = text.rfind(" ", 1, space)
+    white = max(text.rfind(character, 1, most) for character in " \n\t")
+    return white if white > 0 else most
