@@ -95,7 +95,13 @@ class Config:
     )
 
     dtype: str = _option("Matrix products in auto, float32 or bfloat16. (default: auto)", panel=_MACHINE)
-    compile: bool = _option("Compile the step. (default: with an accelerator)", panel=_MACHINE)
+    compile: bool | None = _option(
+        "Compile the step. (default: on CUDA, and on a CPU where the run is long enough to pay for it)", panel=_MACHINE
+    )
+    checkpoint_activations: bool = _option(
+        "Keep only the layers' inputs for the backward pass, and compute the rest again. (default: keep all)",
+        panel=_MACHINE,
+    )
     shard: bool = _option(
         "Share weights and optimizer state out over the processes (FSDP2). (default: every process has all)",
         panel=_MACHINE,
@@ -140,6 +146,7 @@ _GENERAL: Options = {
     "prune": "reset",
     "dtype": "auto",
     "device": "auto",
+    "checkpoint_activations": False,
     "shard": False,
     "keep": 2,
     "max_skips": 20,
@@ -256,7 +263,6 @@ def _follow(filled: Options, given: Options) -> Options:
     default("save_every", max(1, steps // 5))
     default("micro_batch_size", filled["batch_size"])
     default("rest_lr", filled["lr"])
-    default("compile", filled["device"].startswith("cuda"))
     default("out", "")
     return filled
 

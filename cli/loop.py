@@ -30,6 +30,8 @@ from .run import Run
 from .saving import save
 from .shard import DenseStep
 
+_WORDS: dict[Phase, str] = {"full_rank": "run", "warm_start": "warm start", "low_rank": "low-rank phase"}
+
 
 class Loop:
     """One attempt after another."""
@@ -44,6 +46,7 @@ class Loop:
         self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
         self.step = self._make_step()
         self.validation = drawn_sequences(run.corpus.val, seq_len=config.seq_len).to(self.device)
+        self.compiled: set[Phase] = set()
         self.unfinished: Row | None = None  # of the update that is made but not reported yet
 
     def _make_step(self) -> Callable[[Tensor], Tensor]:
@@ -53,7 +56,7 @@ class Loop:
         return run.optimizer.make_step(
             run.model,
             self._loss,
-            compile=run.config.compile,
+            compile=bool(run.config.compile),
             accumulate=self.accumulate,
             skip_nonfinite=True,
             process_group=run.processes.group,
@@ -64,11 +67,17 @@ class Loop:
         run, optimizer = self.run, self.run.optimizer
         before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
         optimizer.measures_updates = is_evaluated(run.config, before + 1)
+        compiles = bool(run.config.compile) and phase not in self.compiled
+        if compiles:
+            self.view.say(f"compiling the step of the {_WORDS[phase]}: a minute or two, less where it was done before")
         batch = self.batches.batch(run.progress.attempts)
         share = run.processes.share(batch).to(self.device)
         losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
         loss = float(torch.stack(losses).mean())
         seconds = time.monotonic() - start
+        if compiles:
+            self.compiled.add(phase)
+            self.view.say(f"compiled, with its first update, in {seconds:.0f} s")
         run.progress = replace(
             run.progress,
             update=optimizer.num_updates,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .config import FIELDS, Config, UserError, to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .export import MODEL_CONFIG, TOKENIZER
+from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
 from .pace import Pace
@@ -79,7 +80,7 @@ def new_run(config: Config, processes: World) -> Run:
 def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weights: Callable[[Llama], None]) -> Run:
     """Read the texts and build what the loop works on."""
     _check_shares(config, processes)
-    _set_threads(config)
+    set_threads(config.threads)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
     settings = Settings(
         text_field=config.text_field,
@@ -95,10 +96,19 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     shape = with_vocabulary(shape, corpus, config)
     processes.check_alike(shape, lambda other: f"the model is {shape}, and {other} on rank 0: give all the same")
     device = find_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model = Llama(shape).to(device)
     set_weights(model)
+    own = settle(config, num_parameters=model.num_parameters())
+    dtype, is_compiled = processes.from_main((own.dtype, own.compile))
+    config = replace(config, dtype=dtype, compile=is_compiled)
+    model.model.checkpoints_activations = config.checkpoint_activations
+    if config.compile:
+        keep_compiled()
+    say(processes, describe(config))
     if _is_sharded(config, processes):
-        shard(model, processes, compile=config.compile)
+        shard(model, processes, compile=bool(config.compile))
     optimizer = make_optimizer(model, config)
     progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
     return Run(config, folder, console, corpus, model, optimizer, progress, processes)
@@ -165,8 +175,3 @@ def _tokenizer_file(config: Config, folder: Path) -> Path | None:
     if config.tokenizer is not None:
         return Path(config.tokenizer)
     return None if config.init_from is None else Path(config.init_from) / TOKENIZER
-
-
-def _set_threads(config: Config) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)

@@ -89,15 +89,14 @@ def test_every_preset_resolves_and_gives_its_values() -> None:
     assert resolve({}) == resolve({"preset": DEFAULT_PRESET})
 
 
-def test_micro_batches_rates_and_compilation_follow() -> None:
+def test_micro_batches_and_rates_follow() -> None:
     assert resolve({"batch_size": 12}).micro_batch_size == 12
     assert resolve({"batch_size": 12, "micro_batch_size": 3}).micro_batch_size == 3
     assert resolve({"lr": 0.5}).rest_lr == 0.5
     assert resolve({"lr": 0.5, "rest_lr": 0.25}).rest_lr == 0.25
     assert resolve({}).rest_lr == PRESETS[DEFAULT_PRESET]["rest_lr"]
-    assert not resolve({"device": "cpu"}).compile
-    assert resolve({"device": "cuda:1"}).compile
-    assert not resolve({"device": "cuda", "compile": False}).compile
+    assert resolve({"device": "cuda"}).compile is None  # the machine decides
+    assert resolve({"device": "cuda", "compile": False}).compile is False
 
 
 def test_a_model_of_ones_own_needs_no_preset() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, once
 from .cache import KeyValueCache, LayerCache
@@ -75,11 +76,16 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, layers and the last norm: token ids (b, t) to features (b, t, hidden_size)."""
+    """Embedding, layers and the last norm: token ids (b, t) to features (b, t, hidden_size).
+
+    While it trains, `checkpoints_activations` keeps only every layer's input for the backward pass, which computes the
+    rest of the layer again.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_activations = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -90,7 +96,10 @@ class Trunk(nn.Module):
         turns = self._angles(start, start + input_ids.shape[1], device=x.device)
         cos, sin = once(turns.cos().to(x.dtype)), once(turns.sin().to(x.dtype))
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, None if cache is None else cache.layers[i])
+            if self.checkpoints_activations and self.training:
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, None if cache is None else cache.layers[i])
         y: Tensor = self.norm(x)
         return y
 

@@ -1,0 +1,114 @@
+"""What is left open is settled for the machine at hand, once, and said."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from relora_opt_cli import device, machine
+from relora_opt_cli.config import Config, resolve, to_toml
+from relora_opt_cli.machine import describe, keep_compiled, num_cores, set_threads, settle
+
+SMALL, LARGE = 10**6, 10**12
+
+
+@pytest.fixture(autouse=True)
+def _has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(machine, "_has_compiler", lambda: True)
+
+
+def on_cpu(num_parameters: int = SMALL, **options: object) -> Config:
+    return settle(resolve({"device": "cpu", **options}), num_parameters=num_parameters)
+
+
+def test_a_long_run_is_compiled_and_a_short_one_is_not() -> None:
+    assert on_cpu(SMALL).compile is False
+    assert on_cpu(LARGE).compile is True
+    assert on_cpu(SMALL, steps=10**9).compile is True
+
+
+def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_has_compiler", lambda: False)
+    assert on_cpu(LARGE).compile is False
+
+
+def test_what_is_given_stays() -> None:
+    assert on_cpu(LARGE, compile=False).compile is False
+    assert on_cpu(SMALL, compile=True).compile is True
+    assert on_cpu(dtype="float32").dtype == "float32"
+
+
+def test_16_bits_are_for_machines_that_multiply_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_cpu().dtype == "bfloat16"
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    assert on_cpu().dtype == "float32"
+
+
+def test_settling_twice_changes_nothing_and_the_file_keeps_it() -> None:
+    settled = on_cpu(LARGE)
+    assert settle(settled, num_parameters=SMALL) == settled
+    assert 'dtype = "bfloat16"' in to_toml(settled)
+    assert "compile = true" in to_toml(settled)
+
+
+def test_a_line_says_what_was_picked() -> None:
+    threads = torch.get_num_threads()
+    assert describe(on_cpu(SMALL)).startswith(f"cpu: {threads} threads, bfloat16 products, step not compiled (")
+    assert describe(on_cpu(LARGE, dtype="float32")).startswith(f"cpu: {threads} threads, float32, step compiled (")
+
+
+def test_no_more_threads_than_cores_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(3)
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(machine, "num_cores", lambda: 2)
+        set_threads(None)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(machine, "num_cores", lambda: 64)
+        set_threads(None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("", 8)])
+def test_a_containers_quota_counts(text: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert num_cores() == cores
+
+
+def test_compiled_code_is_kept_in_the_cache_unless_told_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "relora-opt" / "compiled")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator, and the counters of Linux")
+def test_freed_memory_stays_with_the_process() -> None:
+    code = """
+import numpy as np, resource
+from relora_opt_cli.machine import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        np.ones(2**22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+without, is_kept = faults(), keep_freed_memory()
+faults()
+print(is_kept, without, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    is_kept, without, kept = done.stdout.split()
+    if is_kept != "True":
+        pytest.skip("this system's C library has no mallopt")
+    assert int(kept) < int(without) / 10
