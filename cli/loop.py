@@ -65,19 +65,10 @@ class Loop:
     def attempt(self) -> None:
         """Serve one batch, and do what is due after its update."""
         run, optimizer = self.run, self.run.optimizer
-        before, phase, start = optimizer.num_updates, _phase(optimizer), time.monotonic()
+        before, phase = optimizer.num_updates, _phase(optimizer)
         optimizer.measures_updates = is_evaluated(run.config, before + 1)
-        compiles = bool(run.config.compile) and phase not in self.compiled
-        if compiles:
-            self.view.say(f"compiling the step of the {_WORDS[phase]}: a minute or two, less where it was done before")
         batch = self.batches.batch(run.progress.attempts)
-        share = run.processes.share(batch).to(self.device)
-        losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
-        loss = float(torch.stack(losses).mean())
-        seconds = time.monotonic() - start
-        if compiles:
-            self.compiled.add(phase)
-            self.view.say(f"compiled, with its first update, in {seconds:.0f} s")
+        loss, seconds = self._train_on(batch, phase)
         run.progress = replace(
             run.progress,
             update=optimizer.num_updates,
@@ -94,6 +85,21 @@ class Loop:
         self.run.progress = replace(self.run.progress, skips=0)
         self.unfinished = replace(self.unfinished, loss=loss)
         self._finish(self.unfinished)
+
+    def _train_on(self, batch: Tensor, phase: Phase) -> tuple[float, float]:
+        """Return the mean loss of this process's share of a batch, and the seconds that it took."""
+        compiles = bool(self.run.config.compile) and phase not in self.compiled
+        if compiles:
+            self.view.say(f"compiling the step of the {_WORDS[phase]}: a minute or two, less where it was done before")
+        start = time.monotonic()
+        share = self.run.processes.share(batch).to(self.device)
+        losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
+        loss = float(torch.stack(losses).mean())  # waits for the device
+        seconds = time.monotonic() - start
+        if compiles:
+            self.compiled.add(phase)
+            self.view.say(f"compiled, with its first update, in {seconds:.0f} s")
+        return loss, seconds
 
     def begin(self) -> None:
         """Report the validation loss before training, or the one that a resumed run still owes."""
