@@ -75,3 +75,8 @@ def bound(kind: str, shape: Shape, rank: int, *, accumulate: int = 1) -> float:
     """Return how many times as fast as full rank a method would be if products of matrices were all there is."""
     full = flops("full", shape, rank, accumulate=accumulate)
     return full / flops(kind, shape, rank, accumulate=accumulate)
+
+
+def kept(shape: Shape, rank: int) -> int:
+    """Return the bytes of the selected weights in float32, and of their factors with gradients and AdamW's moments."""
+    return sum(4 * m * n + 16 * rank * (m + n) for m, n in shape.matrices)

@@ -3,11 +3,13 @@
     python -m bench.step                                  width 768, rank 32, float32
     python -m bench.step --width 512 --rank 32 --dtype bfloat16
     python -m bench.step --methods full ours peft         these alone
+    python -m bench.step --accumulate 8                   eight micro-batches an update
 
 All methods live in one process and take turns, in an order that changes every round, on the same batches and threads;
-times are medians. Methods with `, compiled` compile forward and backward; the others run eagerly. The bound is how many
-times as fast as full rank a method would be if products of matrices were all there is (costs.py). Memory is measured in
-a process for each method. Prints a table and writes results/step-*.json and its picture.
+times are medians. Methods with `, compiled` compile forward and backward; the others run eagerly. All have AdamW's
+fused kernel, where they have AdamW, and an allocator that keeps what is freed. The bound is how many times as fast as
+full rank a method would be if products of matrices were all there is (costs.py). Memory is measured in a process for
+each method. Prints a table and writes results/step-*.json and its picture.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from relora_opt_cli.machine import keep_freed_memory
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 from torch import Tensor
 
@@ -47,7 +51,7 @@ class Contender:
     cost: str
     settings: dict[str, Any]
 
-    def build(self, shape: Shape, rank: int, dtype: torch.dtype) -> Any:
+    def build(self, shape: Shape, rank: int, dtype: torch.dtype, *, accumulate: int = 1) -> Any:
         """Return its trainer over a fresh model; every contender's has the same weights."""
         model = Llama(
             LlamaConfig(
@@ -61,7 +65,8 @@ class Contender:
         )
         init_weights(model, seed=0)
         given = {key: rank if value == "rank" else value for key, value in self.settings.items()}
-        return METHODS[self.method](model, {"lr": 1e-4, "rest_lr": 1e-4, "dtype": dtype, **given}, _STEPS, 0)
+        settings = {"lr": 1e-4, "rest_lr": 1e-4, "dtype": dtype, "accumulate": accumulate, **given}
+        return METHODS[self.method](model, settings, _STEPS, 0)
 
 
 _OURS = {"rank": "rank", "alpha": "matched", "init": "orthogonal"}
@@ -87,12 +92,13 @@ class Row:
     """What was measured of a contender.
 
     Args:
-        seconds: of every timed step.
+        seconds: of every timed update, all its micro-batches together.
         ratio: median of full-rank AdamW's seconds / own, round by round.
         bound: the ratio that the products of matrices allow.
         peak_bytes: how far a step raises resident memory above what it is between steps: gradients, activations.
         state_bytes: persistent, beside the weights: optimizer state and factors.
-        sent_bytes: gradients that a data-parallel step would send.
+        sent_bytes: gradients that a data-parallel step would send, and that lie there between backward and update.
+        kept_bytes: what selected weights keep: themselves, factors, state and gradients.
         restart_seconds: a restart, or merge and reset; None where there is none.
     """
 
@@ -103,6 +109,7 @@ class Row:
     peak_bytes: int
     state_bytes: int
     sent_bytes: int
+    kept_bytes: int
     restart_seconds: float | None
 
     @property
@@ -123,15 +130,19 @@ def batches(shape: Shape) -> Iterator[Tensor]:
         yield torch.randint(0, shape.vocab_size, (shape.batch_size, shape.seq_len + 1), generator=generator)
 
 
-def alternate(steps: dict[str, Callable[[Tensor], Any]], shape: Shape, repeats: int) -> dict[str, list[float]]:
-    """Time every step on the same batches, in rounds, in an order that changes."""
+def alternate(
+    steps: dict[str, Callable[[Tensor], Any]], shape: Shape, repeats: int, *, accumulate: int = 1
+) -> dict[str, list[float]]:
+    """Time every update on the same micro-batches, in rounds, in an order that changes."""
     times: dict[str, list[float]] = {key: [] for key in steps}
-    shuffled, order = list(steps), random.Random(0)
-    for number, tokens in zip(range(_WARM_UP + repeats), batches(shape), strict=False):
+    shuffled, order, source = list(steps), random.Random(0), batches(shape)
+    for number in range(_WARM_UP + repeats):
+        micro_batches = list(islice(source, accumulate))
         order.shuffle(shuffled)
         for key in shuffled:
             start = time.perf_counter()
-            steps[key](tokens)
+            for tokens in micro_batches:
+                steps[key](tokens)
             if number >= _WARM_UP:
                 times[key].append(time.perf_counter() - start)
     return times
@@ -141,6 +152,18 @@ def state_bytes(trainer: Any, num_parameters: int) -> int:
     """Return the bytes that a trainer keeps beside the model's own parameters: state, and what else it trains."""
     added = sum(p.numel() for p in trainer.model.parameters()) - num_parameters  # PEFT's factors, in float32
     return sum(map(_bytes, _tensors(list(trainer.optimizer.state.values())))) + 4 * added
+
+
+def sent_bytes(trainer: Any) -> int:
+    """Return the bytes of the gradients of an update."""
+    return sum(map(_bytes, trainer.trained()))
+
+
+def kept_bytes(trainer: Any, shape: Shape, num_parameters: int) -> int:
+    """Return the bytes of the selected weights in float32, of their factors, state and gradients."""
+    num_rest = num_parameters - sum(m * n for m, n in shape.matrices)
+    everything = 4 * num_parameters + state_bytes(trainer, num_parameters) + sent_bytes(trainer)
+    return everything - 16 * num_rest  # weight, gradient and two moments, alike in all methods
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -193,40 +216,49 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     trainers, num_parameters = {}, 0
     for key in keys:
         print(f"building {CONTENDERS[key].name}", file=sys.stderr)
-        trainers[key] = CONTENDERS[key].build(shape, arguments.rank, getattr(torch, arguments.dtype))
+        dtype = getattr(torch, arguments.dtype)
+        trainers[key] = CONTENDERS[key].build(shape, arguments.rank, dtype, accumulate=arguments.accumulate)
         num_parameters = num_parameters or sum(p.numel() for p in trainers[key].model.parameters())
-    times = alternate({key: trainer.step for key, trainer in trainers.items()}, shape, arguments.repeats)
+    steps = {key: trainer.step for key, trainer in trainers.items()}
+    times = alternate(steps, shape, arguments.repeats, accumulate=arguments.accumulate)
     rows = []
     for key, trainer in trainers.items():
         contender, restart = CONTENDERS[key], trainer.restart
-        state, sent = state_bytes(trainer, num_parameters), sum(map(_bytes, trainer.trained()))
+        state, sent = state_bytes(trainer, num_parameters), sent_bytes(trainer)
         rows.append(
             Row(
                 contender.name,
                 times[key],
                 statistics.median(full / own for full, own in zip(times[keys[0]], times[key], strict=True)),
-                bound(contender.cost, shape, arguments.rank),
+                bound(contender.cost, shape, arguments.rank, accumulate=arguments.accumulate),
                 0 if arguments.no_memory else _peak_in_process(key, arguments),
                 state,
                 sent,
+                kept_bytes(trainer, shape, num_parameters),
                 None if restart is None else statistics.median(_seconds(restart) for _ in range(3)),
             )
         )
     return rows
 
 
-def table(rows: list[Row], shape: Shape) -> str:
-    """Return the table for a terminal, the fastest first."""
+def table(rows: list[Row], num_tokens: int) -> str:
+    """Return the table for a terminal, the fastest first; `kept` is in shares of the first row's, full rank.
+
+    Args:
+        num_tokens: of an update.
+    """
     lines = [
         f"{'':36} {'ms':>8} {'±':>5} {'tokens/s':>9} {'ratio':>6} {'bound':>6} {'share':>6} "
-        f"{'peak MB':>8} {'state MB':>8} {'sent MB':>8} {'restart ms':>10}"
+        f"{'peak MB':>8} {'state MB':>8} {'sent MB':>8} {'kept':>6} {'restart ms':>10}"
     ]
+    full = rows[0].kept_bytes
     for row in sorted(rows, key=lambda row: row.median):
         restart = "" if row.restart_seconds is None else f"{1000 * row.restart_seconds:.0f}"
         lines.append(
-            f"{row.name:36} {1000 * row.median:8.0f} {1000 * row.spread:5.0f} {shape.num_tokens / row.median:9.0f} "
+            f"{row.name:36} {1000 * row.median:8.0f} {1000 * row.spread:5.0f} {num_tokens / row.median:9.0f} "
             f"{row.ratio:6.3f} {row.bound:6.3f} {row.ratio / row.bound:6.3f} {row.peak_bytes / 1e6:8.0f} "
-            f"{row.state_bytes / 1e6:8.1f} {row.sent_bytes / 1e6:8.1f} {restart:>10}"
+            f"{row.state_bytes / 1e6:8.1f} {row.sent_bytes / 1e6:8.1f} "
+            f"{row.kept_bytes / full:6.3f} {restart:>10}"
         )
     return "\n".join(lines)
 
@@ -259,6 +291,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     parser.add_argument("--tokens", type=int, default=2048, help="a step, in sequences of 256")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="METHOD")
@@ -266,6 +299,8 @@ def main() -> None:
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if not arguments.peak:
+        keep_freed_memory()
     inner = round(arguments.width * 8 / 3 / 16) * 16
     shape = Shape(arguments.width, inner, 4, 4096, max(1, arguments.tokens // 256), 256)
     if arguments.peak:
@@ -274,18 +309,19 @@ def main() -> None:
         return
     keys = ["full", *(key for key in arguments.methods if key != "full")]
     rows = measure(keys, shape, arguments)
-    name = f"step-w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{arguments.tokens}"
-    title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {arguments.tokens} tokens a step"
-    print(table(rows, shape))
+    batch = f"{arguments.tokens}" if arguments.accumulate == 1 else f"{arguments.accumulate}x{arguments.tokens}"
+    name = f"step-w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{batch}"
+    title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {batch} tokens an update"
+    print(table(rows, arguments.accumulate * shape.num_tokens))
     RESULTS.mkdir(exist_ok=True)
-    result = {"command": sys.argv[1:], "environment": _environment(arguments.threads), "shape": asdict(shape)}
+    result = {"command": sys.argv[1:], "environment": environment(arguments.threads), "shape": asdict(shape)}
     result["rows"] = [asdict(row) for row in rows]
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, title, RESULTS / f"{name}.png")
     print(f"written: results/{name}.json and .png")
 
 
-def _environment(threads: int) -> dict[str, Any]:
+def environment(threads: int) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     return {
         "commit": commit.stdout.strip() or "unknown",

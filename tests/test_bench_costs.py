@@ -9,8 +9,10 @@ from relora_opt_cli.model import Llama
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.costs import COSTS, Shape, bound, flops
-from bench.step import CONTENDERS, Row, alternate, batches, state_bytes, table
+from bench import scaling
+from bench.costs import COSTS, Shape, bound, flops, kept
+from bench.scaling import Point
+from bench.step import CONTENDERS, Row, alternate, batches, kept_bytes, state_bytes, table
 
 SHAPE = Shape(width=64, inner=160, num_layers=2, vocab_size=96, batch_size=2, seq_len=24)
 RANK = 4
@@ -62,6 +64,26 @@ def test_every_method_takes_its_turn_on_the_same_batches() -> None:
     assert not torch.equal(seen["a"][0], seen["a"][1])
 
 
+def test_an_update_of_several_micro_batches_is_timed_as_one() -> None:
+    seen: list[torch.Tensor] = []
+    times = alternate({"a": seen.append}, SHAPE, 2, accumulate=3)
+    assert len(times["a"]) == 2
+    assert len(seen) % 3 == 0
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("key", ["full-eager", "ours-eager", "dense"])
+def test_micro_batches_are_accumulated_into_one_update(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    trainer = CONTENDERS[key].build(SHAPE, RANK, torch.float32, accumulate=2)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    source = batches(SHAPE)
+    trainer.step(next(source))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    trainer.step(next(source))
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
 def test_state_is_counted_with_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     trainer = CONTENDERS["ours-eager"].build(SHAPE, RANK, torch.float32)
@@ -74,6 +96,45 @@ def test_state_is_counted_with_the_factors(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_table_has_the_fastest_first_and_a_row_for_each() -> None:
-    rows = [Row(name, [s] * 3, 1 / s, 1.3, 10**6, 10**6, 10**6, None) for name, s in (("slow", 2.0), ("fast", 1.0))]
-    lines = table(rows, SHAPE).splitlines()
+    rows = [
+        Row(name, [s] * 3, 1 / s, 1.3, 10**6, 10**6, 10**6, 10**6, None) for name, s in (("slow", 2.0), ("fast", 1.0))
+    ]
+    lines = table(rows, 2048).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["fast", "slow"]
+
+
+def test_what_weights_keep_is_counted_as_the_formula_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    trainer = CONTENDERS["ours-eager"].build(SHAPE, RANK, torch.float32)
+    num_parameters = trainer.model.num_parameters()
+    trainer.step(next(batches(SHAPE)))
+    assert kept_bytes(trainer, SHAPE, num_parameters) == pytest.approx(kept(SHAPE, RANK), rel=0.01)
+
+
+def test_an_eighth_of_the_width_keeps_less_than_045_of_what_full_rank_keeps() -> None:
+    shape = Shape(768, 2048, 4, 4096, 8, 256)
+    assert kept(shape, 96) < 0.45 * sum(16 * m * n for m, n in shape.matrices)
+
+
+def test_exponents_are_those_of_powers() -> None:
+    points = [Point(x, 3e-3 * x, 1.0, 5 * x**2, 7 * x, 2 * x**2) for x in (1, 2, 4, 8)]
+    found = scaling.exponents(points)
+    assert found["time"] == pytest.approx(1)
+    assert found["time, predicted"] == pytest.approx(1)
+    assert found["full rank's time"] == pytest.approx(0)
+    assert found["memory"] == pytest.approx(2)
+    assert found["memory, predicted"] == pytest.approx(2)
+
+
+def test_every_place_of_an_axis_varies_that_alone() -> None:
+    for axis, values in scaling.AXES.items():
+        places = [scaling.place(axis, value) for value in values]
+        assert len(set(places)) == len(values)
+        for shape, rank in places:
+            others = {
+                "rank": (rank, 32),
+                "width": (shape.width, 512),
+                "tokens": (shape.num_tokens, 1024),
+                "layers": (shape.num_layers, 4),
+            }
+            assert all(value == base for name, (value, base) in others.items() if name != axis)
