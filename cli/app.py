@@ -1,4 +1,4 @@
-"""The command `relora-opt`: pretrain, export, generate, eval, plot, spectrum.
+"""The command `relora-opt`: pretrain, tokenize, tokenizer train, export, generate, eval, plot, spectrum.
 
 What is heavy (torch, datasets, matplotlib) is imported inside the commands, so that `--help` is quick.
 """
@@ -91,6 +91,70 @@ def pretrain(**options: Any) -> None:
         from .train import start_run
 
         start_run(config, processes)
+
+
+_Data = Annotated[
+    list[str] | None,
+    typer.Argument(help="As for pretrain --data. (default: State of the Union messages)", show_default=False),
+]
+_TextField = Annotated[str, typer.Option(help=FIELDS["text_field"].metadata["help"], show_default=False)]
+_ValShare = Annotated[float, typer.Option(help=FIELDS["val_share"].metadata["help"], show_default=False)]
+
+
+@app.command()
+def tokenize(
+    out: Annotated[Path, typer.Option(help="Folder to write: new, empty, or of a try that was stopped.")],
+    data: _Data = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json, or a folder with one. (default: one is trained)")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary to train.")] = 4096,
+    text_field: _TextField = "text",
+    val_share: _ValShare = 0.05,
+    allow_lossy: Annotated[bool, typer.Option(help=FIELDS["allow_lossy"].metadata["help"])] = False,
+) -> None:
+    """Tokenize texts once, into a folder for pretrain --data; run again, it goes on where it was stopped."""
+    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "text_field": text_field, "val_share": val_share}
+    config = resolve({"data": data or [], "allow_lossy": allow_lossy, **options})
+    from .corpus import Settings
+    from .corpus import tokenize as tokenize_to
+    from .pace import Pace
+
+    corpus = tokenize_to(config.data, Settings.of(config), out, pace=Pace(Console()))
+    typer.echo(
+        f"{len(corpus.train):,} tokens of {corpus.num_train_documents:,} documents for training, "
+        f"{len(corpus.val):,} of {corpus.num_val_documents:,} held out; next: relora-opt pretrain --data {out}"
+    )
+
+
+tokenizer_app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    data: _Data = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, at least 257.")] = 4096,
+    text_field: _TextField = "text",
+    val_share: _ValShare = 0.05,
+) -> None:
+    """Train a byte-level BPE tokenizer, which gives every text back, for --tokenizer and transformers' AutoTokenizer.
+
+    It sees the documents that pretrain would train on, or of more than 67 million characters a sample of that size.
+    """
+    config = resolve({"data": data or [], "vocab_size": vocab_size, "text_field": text_field, "val_share": val_share})
+    from .corpus import Settings, train_tokenizer
+    from .pace import Pace
+    from .tokens import check_new, save_tokenizer, vocabulary_size
+
+    check_new(out)
+    trained = train_tokenizer(config.data, Settings.of(config), pace=Pace(Console()))
+    save_tokenizer(trained, out)
+    typer.echo(
+        f"{vocabulary_size(trained):,} tokens; samples of the texts come back exactly; next: relora-opt pretrain "
+        f"--tokenizer {out} --data ..."
+    )
 
 
 @app.command()

@@ -247,6 +247,8 @@ def _follow(filled: Options, given: Options) -> Options:
         if filled["tokens"] < per_update:
             raise UserError(f"tokens={filled['tokens']} is less than one update's {per_update}: give more")
         filled["steps"] = filled["tokens"] // max(1, per_update)
+    if filled["tokenizer"] is not None and "vocab_size" not in given:
+        filled["vocab_size"] = None  # the preset's is of the tokenizer that it would train
     steps = filled["steps"]
 
     def default(name: str, value: Any) -> None:

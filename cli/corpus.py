@@ -13,17 +13,18 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from .config import UserError
+from .config import Config, UserError
 from .data import check_length
 from .encoding import PIECE, chained, cut_pieces, encode_pieces
 from .pace import Advance, Pace
@@ -84,6 +85,13 @@ class Settings:
     text_field: str = "text"
     val_share: float = VAL_SHARE
     allow_lossy: bool = False
+
+    @classmethod
+    def of(cls, config: Config, **changes: Any) -> Settings:
+        """Return what a configuration says."""
+        names = {field.name for field in fields(cls)}
+        given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        return cls(**{**given, **changes})
 
 
 def prepare(

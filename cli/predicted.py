@@ -62,9 +62,7 @@ def held_out_text(run: Path, config: Config, *, fingerprint: str | None) -> Text
     Raises:
         UserError: where the texts cannot be read, or are others.
     """
-    settings = Settings(
-        tokenizer=run / TOKENIZER, text_field=config.text_field, val_share=config.val_share, allow_lossy=True
-    )
+    settings = Settings.of(config, tokenizer=run / TOKENIZER, allow_lossy=True)
     corpus = prepare(config.data, settings, seq_len=config.seq_len)
     if fingerprint not in (None, corpus.fingerprint):
         raise UserError(

@@ -82,11 +82,10 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     _check_shares(config, processes)
     set_threads(config.threads)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
-    settings = Settings(
-        text_field=config.text_field,
+    settings = Settings.of(
+        config,
         vocab_size=config.vocab_size or shape.vocab_size,
         tokenizer=_tokenizer_file(config, folder),
-        val_share=config.val_share,
         allow_lossy=config.allow_lossy or (folder / TOKENIZER).is_file(),  # a run goes on with what it began with
     )
     corpus = processes.main_first(lambda: prepare(config.data, settings, seq_len=config.seq_len, pace=Pace(console)))

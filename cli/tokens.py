@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .config import UserError
+from .disk import new_folder, write_file
 from .store import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -102,6 +104,32 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
         raise UserError(f"tokenizer={str(path)!r} cannot be read ({_reason(error)}): {remedy}") from error
     return tokenizer
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder that holds something."""
+    try:
+        is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"out={str(out)!r} cannot be read: {error.strerror or error}") from error
+    if is_used:
+        raise UserError(f"out={str(out)!r} is in use: give a folder that is new or empty")
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Write a tokenizer to a folder, new or empty, that `load_tokenizer` and transformers' AutoTokenizer load.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    end = tokenizer.id_to_token(end_of_text_id(tokenizer))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+    try:
+        with new_folder(out) as folder:
+            write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+            write_file(folder / "tokenizer_config.json", (json.dumps(kind, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import typer
 from relora_opt_cli import app as command_line
 from relora_opt_cli import train
 from relora_opt_cli.config import FIELDS, Config, resolve, to_toml
-from relora_opt_cli.tokens import fit_tokenizer
+from relora_opt_cli.tokens import END_OF_TEXT, fit_tokenizer
 
 SHAPE = {
     "model_type": "llama",
@@ -393,6 +395,30 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
         lambda desk: ["export", desk.path("nowhere"), "--out", desk.path("e"), "--dtype", "int8"],
         "dtype='int8' is not known",
     ),
+    "tokenizing nothing": (
+        lambda desk: ["tokenize", "no.txt", "--out", desk.path("o")],
+        "data='no.txt' does not exist",
+    ),
+    "tokenizing into a folder in use": (
+        lambda desk: ["tokenize", desk.path("texts"), "--out", desk.path("texts")],
+        "is in use, and not by these texts, tokenizer and settings",
+    ),
+    "tokenizing with too small a vocabulary": (
+        lambda desk: ["tokenize", "--out", desk.path("o"), "--vocab-size", "9"],
+        "vocab_size=9 must be at least 257",
+    ),
+    "holding out too much": (
+        lambda desk: ["tokenize", "--out", desk.path("o"), "--val-share", "0.6"],
+        "val_share=0.6 must lie above 0 and not above 0.5",
+    ),
+    "training a tokenizer on nothing": (
+        lambda desk: ["tokenizer", "train", "no*.txt", "--out", desk.path("o")],
+        "data='no*.txt' matches no file",
+    ),
+    "training a tokenizer into a folder in use": (
+        lambda desk: ["tokenizer", "train", "--out", desk.path("texts")],
+        "is in use: give a folder that is new or empty",
+    ),
     "generate from nothing": (lambda desk: ["generate", desk.path("nowhere"), "--prompt", "a"], "nowhere"),
     "plot of nothing": (lambda desk: ["plot", desk.path("nowhere")], "nowhere"),
     "spectrum of nothing": (lambda desk: ["spectrum", desk.path("a"), desk.path("b")], "a"),
@@ -412,6 +438,24 @@ def test_a_mistake_is_one_line_and_exit_status_2_before_any_training(
     assert "Traceback" not in line
     assert not trained
     assert sorted(path for path in desk.folder.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_texts_are_tokenized_and_a_tokenizer_trained_before_a_run_that_needs_neither(
+    desk: Desk, trained: list[train.Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts, made, out = desk.path("texts"), desk.path("made"), desk.path("out")
+    assert run("tokenizer", "train", texts, "--vocab-size", "300", "--out", made) == 0
+    assert capfd.readouterr().out.startswith("300 tokens; samples of the texts come back exactly; next: relora-opt ")
+    assert run("tokenize", texts, "--tokenizer", made, "--out", out, "--val-share", "0.2") == 0
+    assert re.match(
+        r"[\d,]+ tokens of \d+ documents for training, [\d,]+ of \d+ held out; next: ", capfd.readouterr().out
+    )
+    assert run(*desk.words(data=out)) == 0
+    assert run(*desk.words(data=out, tokenizer=made, out=desk.path("other"))) == 0
+    assert run(*desk.words(data=texts, tokenizer=made, model=None, preset="5m", rank=64, out=desk.path("third"))) == 0
+    assert len({run.corpus.tokenizer.to_str() for run in trained}) == 1
+    assert trained[0].corpus.fingerprint == trained[1].corpus.fingerprint != trained[2].corpus.fingerprint
+    assert transformers.AutoTokenizer.from_pretrained(made).eos_token == END_OF_TEXT
 
 
 def test_the_same_words_without_a_mistake_would_train(desk: Desk, trained: list[train.Run]) -> None:
