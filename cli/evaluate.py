@@ -24,6 +24,7 @@ from .device import autocast_dtype
 from .evaluation import Evaluation
 from .loss import batch_loss
 from .model import Llama
+from .pace import Pace
 from .predicted import Text, all_sequences, drawn_sequences, given_text, held_out_text
 from .record import RECORD
 from .trained import RUN_CONFIG, Place, load_trained
@@ -82,7 +83,7 @@ def evaluate(
         seq_len, batch_size, dtype, num_sequences: see `Reading`. None means as in the model's run; of models that have
             none, as in `Reading`, but in sequences no longer than the model's window.
         device: where the model computes; "auto" takes an accelerator where there is one.
-        console: where progress is shown, if it is a terminal.
+        console: where progress is shown.
 
     Raises:
         UserError: for a model or a text that cannot be read or do not fit, and where the model's logits are not finite.
@@ -92,9 +93,13 @@ def evaluate(
     config = None if run is None else resolve(load_config_file(run / RUN_CONFIG))
     given = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype, "num_sequences": num_sequences}
     reading = _reading(config, window, {name: value for name, value in given.items() if value is not None})
-    text = given_text(data, trained.tokenizer, text_field=text_field) if data else _held_out(trained.place, config)
+    console = console or Console(quiet=True)
+    if data:
+        text = given_text(data, trained.tokenizer, text_field=text_field)
+    else:
+        text = _held_out(trained.place, config, Pace(console))
     precision = autocast_dtype(reading.dtype, trained.model.lm_head.weight.device)
-    with _shown(console or Console(quiet=True), len(text.tokens)) as advance:
+    with _shown(console, len(text.tokens)) as advance:
         loss, num_tokens = _mean_loss(trained.model, reading.sequences(text), dtype=precision, advance=advance)
     return Evaluation(
         model=trained.place.weights,
@@ -121,12 +126,12 @@ def _reading(config: Config | None, window: int, given: dict[str, Any]) -> Readi
     return reading
 
 
-def _held_out(place: Place, config: Config | None) -> Text:
+def _held_out(place: Place, config: Config | None, pace: Pace) -> Text:
     if place.run is None or config is None:
         raise UserError(f"{place.weights} is not the folder of a run, so that no text is held out: give --data")
     is_recorded = (place.weights / RECORD).is_file()  # neither an export nor a checkpoint of old
     fingerprint = read_progress(place.weights).corpus if is_recorded else None
-    return held_out_text(place.run, config, fingerprint=fingerprint)
+    return held_out_text(place.run, config, fingerprint=fingerprint, pace=pace)
 
 
 @torch.inference_mode()

@@ -21,7 +21,8 @@ from .config import Config, UserError
 from .corpus import Settings, encode_sources, prepare
 from .data import Batches
 from .export import TOKENIZER
-from .store import Stream
+from .pace import Pace
+from .store import Stream, is_store
 from .tokens import end_of_text_id
 
 VALIDATION_SEQUENCES = 256  # that a run draws, once, from its held-out documents
@@ -48,22 +49,26 @@ class Text:
 
 def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str) -> Text:
     """Return all documents of some sources. Raises UserError where they cannot be read."""
+    for source in sources:
+        if is_store(Path(source)):
+            raise UserError(f"data={source!r} is a tokenized corpus, training texts included: give texts to evaluate")
     tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field)
     return Text(tokens, end_of_text_id(tokenizer), num_documents, num_bytes, ", ".join(sources))
 
 
-def held_out_text(run: Path, config: Config, *, fingerprint: str | None) -> Text:
+def held_out_text(run: Path, config: Config, *, fingerprint: str | None, pace: Pace | None = None) -> Text:
     """Return the documents that a run holds out.
 
     Args:
         run, config: its folder, and what it says.
         fingerprint: of the texts that the evaluated checkpoint was trained on; None where nobody knows.
+        pace: shows how far reading and tokenizing is.
 
     Raises:
         UserError: where the texts cannot be read, or are others.
     """
     settings = Settings.of(config, tokenizer=run / TOKENIZER, allow_lossy=True)
-    corpus = prepare(config.data, settings, seq_len=config.seq_len)
+    corpus = prepare(config.data, settings, seq_len=config.seq_len, pace=pace)
     if fingerprint not in (None, corpus.fingerprint):
         raise UserError(
             f"the texts are not those that {run} was trained on (data={list(config.data)}): restore them, or "

@@ -7,7 +7,7 @@ FOLDER                   an export, or any Llama of Hugging Face's with safetens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,6 +17,7 @@ from .config import UserError
 from .device import find_device
 from .export import MODEL_CONFIG, TOKENIZER
 from .model import Llama, load_config, load_weights
+from .record import RECORD, check_files, read_record
 from .tokens import load_tokenizer, vocabulary_size
 
 RUN_CONFIG = "config.toml"
@@ -96,8 +97,17 @@ def load_trained(folder: Path, *, device: str) -> Trained:
         raise UserError(
             f"{place.shape / TOKENIZER} has {size} tokens, the model vocab_size={vocab_size}: use the model's own"
         )
+    _check_whole(place.weights)
     load_weights(model, place.weights)
     return Trained(model.to(where).eval(), tokenizer, place)
+
+
+def _check_whole(weights: Path) -> None:
+    """Hold a checkpoint's weights against the checksum that they were written with; other folders have none."""
+    if (weights / RECORD).is_file():
+        record = read_record(weights)
+        own = {name: entry for name, entry in record.files.items() if name in _WEIGHTS}
+        check_files(weights, replace(record, files=own))
 
 
 def _tokenizer(file: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from relora_opt_cli.app import app
 from relora_opt_cli.config import UserError, resolve
+from relora_opt_cli.corpus import Settings, tokenize
 from relora_opt_cli.evaluate import Reading, evaluate
 from relora_opt_cli.evaluation import Evaluation
 from relora_opt_cli.metrics import read_metrics
@@ -172,6 +174,24 @@ def test_changed_texts_are_refused_by_a_run_and_not_by_data(run: Path, tmp_path:
         evaluate(run, data=[str(file)])
     finally:
         file.write_bytes(before)
+
+
+def test_a_tokenized_corpus_is_no_text_to_evaluate(run: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    tokenize([str(run.parent / "texts")], Settings(tokenizer=run), store)
+    with pytest.raises(UserError, match=r"store' is a tokenized corpus, training texts included: give texts"):
+        evaluate(run, data=[str(store)])
+
+
+def test_weights_that_changed_on_the_disk_are_refused(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    weights = copied / "checkpoints" / "00000003" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged \(its checksum is another"):
+        evaluate(copied)
+    evaluate(copied / "checkpoints" / "00000002")
 
 
 def test_an_export_holds_out_nothing(folder: Path) -> None:
