@@ -1,4 +1,4 @@
-"""The command `relora-opt`: pretrain, tokenize, tokenizer train, export, generate, eval, plot, spectrum.
+"""The command `relora-opt`: pretrain, tokenize, tokenizer train, export, generate, eval, checkpoints, plot, spectrum.
 
 What is heavy (torch, datasets, matplotlib) is imported inside the commands, so that `--help` is quick.
 """
@@ -81,11 +81,11 @@ def pretrain(**options: Any) -> None:
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with _processes() as processes:
         if resume is not None:
-            if given or config_file is not None:
-                raise UserError(f"resume={resume!r} goes alone: the settings come from the run")
+            if config_file is not None:
+                raise UserError(f"config={config_file!r} does not go with resume: give flags for what is to change")
             from .train import resume_run
 
-            resume_run(Path(resume), processes)
+            resume_run(Path(resume), given, processes)
             return
         config = resolve({**(load_config_file(config_file) if config_file else {}), **given})
         from .train import start_run
@@ -235,6 +235,17 @@ def evaluate(
 
 
 @app.command()
+def checkpoints(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """List a run's checkpoints, and verify each; the exit status is 1 where one is damaged."""
+    from .listing import list_checkpoints, print_checkpoints
+
+    listed = list_checkpoints(run)
+    print_checkpoints(listed, console=Console())
+    if any(line.damage for line in listed):
+        sys.exit(1)
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one run, or of several to compare.")],
     out: Annotated[
@@ -287,7 +298,7 @@ def _declare_options() -> None:
     ]
     own = {
         "config": "A TOML file with these names as keys; flags win.",
-        "resume": "Folder of a run to go on with; settings come from it.",
+        "resume": "Folder of a run to go on with; settings come from it, and flags change what may change.",
     }
     for name, text in own.items():
         annotation = Annotated[str | None, typer.Option(help=text, rich_help_panel="Run", show_default=False)]

@@ -72,7 +72,7 @@ def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:
             base_optimizer(config, next(model.parameters()).device),
             rank=config.rank,
             alpha=config.alpha,
-            schedule=_schedule(config),
+            schedule=make_schedule(config),
             init=config.init,
             prune=_prune(config),
             factor_lr=config.factor_lr,
@@ -105,7 +105,8 @@ def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return [{"params": [(name, parameters[name]) for name in names], **own} for names, own in groups if names]
 
 
-def _schedule(config: Config) -> JaggedSchedule:
+def make_schedule(config: Config) -> JaggedSchedule:
+    """Return the clock of a configuration."""
     if config.outer == "constant":
         outer = constant(config.warmup)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,7 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
+_MOST_BYTES = 1 << 20
 _GENERAL: Options = {
     "data": (),
     "text_field": "text",
@@ -203,6 +205,22 @@ def resolve(options: Options) -> Config:
     return config
 
 
+def changed(config: Config, options: Options) -> Config:
+    """Return a resolved configuration with some options changed; nothing else follows from them.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    given = {name: _typed(name, value) for name, value in options.items()}
+    if "tokens" in given:
+        if "steps" in given:
+            raise UserError(f"steps={given['steps']} and tokens={given['tokens']} both say how long to train: give one")
+        given["steps"] = _steps_of(given["tokens"], config.batch_size * config.seq_len)
+    config = dataclasses.replace(config, **given)
+    _check(config)
+    return config
+
+
 def load_config_file(path: str | Path) -> Options:
     """Read a flat TOML file of options.
 
@@ -211,10 +229,13 @@ def load_config_file(path: str | Path) -> Options:
     """
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise UserError(f"config={str(path)!r} has {size:,} bytes, more than options take: give a TOML file")
             options = tomllib.load(file)
     except OSError as error:
         raise UserError(f"config={str(path)!r} cannot be read: {error.strerror}; give a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"config={str(path)!r} is not TOML: {error}") from error
     _check_names(options, str(path))
     return dict(options)
@@ -243,10 +264,7 @@ def _follow(filled: Options, given: Options) -> Options:
     if "steps" in given and "tokens" in given:
         raise UserError(f"steps={filled['steps']} and tokens={filled['tokens']} both say how long to train: give one")
     if filled["tokens"] is not None:
-        per_update = filled["batch_size"] * filled["seq_len"]
-        if filled["tokens"] < per_update:
-            raise UserError(f"tokens={filled['tokens']} is less than one update's {per_update}: give more")
-        filled["steps"] = filled["tokens"] // max(1, per_update)
+        filled["steps"] = _steps_of(filled["tokens"], filled["batch_size"] * filled["seq_len"])
     if filled["tokenizer"] is not None and "vocab_size" not in given:
         filled["vocab_size"] = None  # the preset's is of the tokenizer that it would train
     steps = filled["steps"]
@@ -267,6 +285,12 @@ def _follow(filled: Options, given: Options) -> Options:
     default("rest_lr", filled["lr"])
     default("out", "")
     return filled
+
+
+def _steps_of(tokens: int, per_update: int) -> int:
+    if tokens < per_update:
+        raise UserError(f"tokens={tokens} is less than one update's {per_update}: give more")
+    return tokens // max(1, per_update)
 
 
 def _check(config: Config) -> None:

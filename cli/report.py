@@ -194,7 +194,7 @@ def _summary_rows(summary: Summary) -> dict[str, str]:
     }
     share = summary.trainable / max(1, summary.parameters)
     bytes_share = summary.optimizer_bytes / max(1, summary.full_rank_bytes)
-    ours, full_rank = _bytes(summary.optimizer_bytes), _bytes(summary.full_rank_bytes)
+    ours, full_rank = show_bytes(summary.optimizer_bytes), show_bytes(summary.full_rank_bytes)
     return {
         **{f"validation loss {when}": _loss_and_perplexity(loss) for when, loss in losses.items() if loss is not None},
         "restarts": f"{summary.restarts:,}",
@@ -248,13 +248,13 @@ def _peak_memory() -> str:
     """Return the peak of CUDA memory where CUDA is in use, else of the process's resident memory."""
     torch = sys.modules.get("torch")  # in use only if somebody else imported it
     if torch is not None and torch.cuda.is_initialized():
-        return f"{_bytes(torch.cuda.max_memory_allocated())} CUDA"
+        return f"{show_bytes(torch.cuda.max_memory_allocated())} CUDA"
     try:
         import resource
     except ImportError:  # Windows
         return "-"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _bytes(peak if sys.platform == "darwin" else peak * 1024)
+    return show_bytes(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _maybe(value: float | None, form: str) -> str | None:
@@ -266,7 +266,7 @@ def _loss_and_perplexity(loss: float) -> str:
     return f"{loss:.4f}  (perplexity {perplexity:,.2f})"
 
 
-def _bytes(number: float) -> str:
+def show_bytes(number: float) -> str:
     """Return a number of bytes in units of 1000, as disks and memory profilers print them."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 999.5:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .checkpoint import checkpoints, latest_checkpoint, load_state, newest_whole, read_progress
-from .config import Config, UserError
+from .checkpoint import checkpoints, latest_checkpoint, load_state, newest_whole, read_config, read_progress
+from .config import Config, UserError, load_config_file, resolve
 from .export import MODEL_CONFIG
 from .format1 import upgrade_checkpoint
 from .log import remember
@@ -16,8 +17,27 @@ from .metrics import Row, read_metrics, truncate_metrics
 from .model import load_config, load_weights
 from .parallel import World
 from .record import DamagedError, check_files, read_record
-from .run import METRICS, Run, prepare_run, say
+from .run import CONFIG, METRICS, Run, prepare_run, say
 from .shard import WholeState
+
+
+def config_of(folder: Path) -> Config:
+    """Read the settings of a run."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {CONFIG} in it")
+    options = load_config_file(folder / CONFIG)
+    options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
+    return replace(resolve(options), out=str(folder))
+
+
+def config_at(checkpoint: Path, told: Config) -> Config:
+    """Read the settings with which a checkpoint was made; one of format 1 does not say, and had what its run is told.
+
+    Raises:
+        UserError: for a damaged checkpoint, or options that are none.
+    """
+    options = read_config(checkpoint)
+    return resolve(options) if options else told
 
 
 def main_checkpoint(folder: Path, processes: World) -> Path:
@@ -45,7 +65,7 @@ def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
     """Return a run as it was at a checkpoint."""
     shape = load_config(Path(config.out) / MODEL_CONFIG)
     run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
-    run.progress = read_progress(checkpoint)
+    run.progress = replace(read_progress(checkpoint), is_finished=False)
     load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
     if run.progress.corpus != run.corpus.fingerprint:
         raise UserError(

@@ -3,6 +3,7 @@
     runs/x/config.toml     every option, resolved
            config.json     the model's shape
            tokenizer.json
+           lock            held while a process trains it
            metrics.jsonl   one row an update
            checkpoints/    see checkpoint.py
 
@@ -12,8 +13,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ from .build import make_optimizer, model_config, with_vocabulary
 from .config import FIELDS, Config, UserError, to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
+from .disk import write_file
 from .export import MODEL_CONFIG, TOKENIZER
+from .lock import LOCK, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
@@ -113,21 +118,49 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     return Run(config, folder, console, corpus, model, optimizer, progress, processes)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a run's folder, and hold its lock.
+
+    Raises:
+        UserError: where another process is quicker, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with locked(folder, partial(say, World())):
+        check_new(folder)
+        yield
+
+
 def write_folder(run: Run) -> None:
     """Write what a run is, before it begins."""
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / CONFIG).write_text(to_toml(run.config), encoding="utf-8")
+        write_config(run)
         (run.folder / MODEL_CONFIG).write_text(
             json.dumps(run.model.config.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
         run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
     except OSError as error:
-        raise UserError(f"out={str(run.folder)!r} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(run.folder, error) from error
+
+
+def write_config(run: Run) -> None:
+    """Write the options of a run, whole or not at all."""
+    try:
+        write_file(run.folder / CONFIG, to_toml(run.config).encode())
+    except OSError as error:
+        raise _unwritable(run.folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"out={str(folder)!r} cannot be written: {error.strerror or error}")
 
 
 def check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
 
 

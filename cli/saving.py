@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from .checkpoint import Snapshot, checkpoint_of, save_checkpoint, save_progress, snapshot
+from .config import Config
 from .disk import flushed
 from .model import Llama
 from .run import METRICS, Run
@@ -27,10 +28,14 @@ def save_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
     config, folder = run.config, checkpoint_of(run.folder, run.progress.update)
     run.writer.wait()  # one copy in memory at a time
     if folder.is_dir():
-        save_progress(folder, run.progress, asdict(config))
+        save_progress(folder, run.progress, _options(config))
         return
-    taken = snapshot(model, state, run.progress, asdict(config))
+    taken = snapshot(model, state, run.progress, _options(config))
     run.writer.start(partial(_write, run, taken))
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name != "tokens"}  # steps say it already
 
 
 def _write(run: Run, taken: Snapshot) -> None:

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relora_opt import memory
 
+from .changes import changes
 from .checkpoint import latest_checkpoint, read_progress
-from .config import Config, UserError, load_config_file, resolve
+from .config import Config, Options, changed
 from .export import write_export
+from .lock import locked
 from .log import Log, check_logs, open_logs
 from .loop import Loop
 from .metrics import MetricsFile
@@ -31,8 +35,8 @@ from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
 from .plot import plot_runs
 from .report import Summary, View, print_summary
-from .resume import cut_metrics, first_update, main_checkpoint, restored_run
-from .run import CONFIG, METRICS, Run, check_new, new_run, on_device, say, write_folder
+from .resume import config_at, config_of, cut_metrics, first_update, main_checkpoint, restored_run
+from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
 from .saving import gathered, save, save_on_main
 from .signals import Interrupts
 
@@ -45,36 +49,54 @@ def start_run(config: Config, processes: World | None = None) -> None:
     processes.on_main(lambda: check_logs(config.log))
     processes.on_main(lambda: check_new(Path(out)))
     run = new_run(config, processes)
-    processes.on_main(lambda: write_folder(run))
-    save(run)
-    train(run)
+    with ExitStack() as held:
+        processes.on_main(lambda: held.enter_context(claimed(run.folder)))
+        processes.on_main(lambda: write_folder(run))
+        train(run)
 
 
-def resume_run(folder: Path, processes: World | None = None) -> None:
-    """Go on with a run from its newest checkpoint; a finished one is left alone. `processes` as in `start_run`."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {CONFIG} in it")
-    options = load_config_file(folder / CONFIG)
-    options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
-    config = replace(resolve(options), out=str(folder))
+def resume_run(folder: Path, options: Options | None = None, processes: World | None = None) -> None:
+    """Go on with a run from its newest whole checkpoint; a finished one is left alone.
+
+    Args:
+        options: settings to change (see changes.py). processes: as in `start_run`.
+    """
+    told = config_of(folder)
+    config = changed(told, options or {})
     processes = on_device(config, processes)
-    checkpoint = main_checkpoint(folder, processes)
-    progress = read_progress(checkpoint)
-    processes.check_alike(
-        progress, lambda other: f"{checkpoint} is not that of rank 0 ({progress} here, {other} there): copy that one"
-    )
-    if progress.is_finished:
-        say(processes, f"{folder} is finished: {progress.update} updates; nothing to resume")
-        return
-    processes.on_main(lambda: check_logs(config.log))
-    run = restored_run(config, checkpoint, processes)
-    run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
-    say(processes, f"resuming {folder} after update {progress.update}")
-    train(run)
+    with ExitStack() as held:
+        processes.on_main(lambda: held.enter_context(locked(folder, partial(say, processes))))
+        checkpoint = main_checkpoint(folder, processes)
+        progress = read_progress(checkpoint)
+        processes.check_alike(
+            progress,
+            lambda other: f"{checkpoint} is not that of rank 0 ({progress} here, {other} there): copy that one",
+        )
+        lines = changes(config_at(checkpoint, told), config, update=progress.update)
+        if progress.is_finished and progress.update == config.steps:
+            say(processes, f"{folder} is finished: {progress.update} updates; give more --steps to go on")
+            return
+        processes.on_main(lambda: check_logs(config.log))
+        run = restored_run(config, checkpoint, processes)
+        run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
+        processes.on_main(lambda: write_config(run))
+        say(processes, "\n  ".join([f"resuming {folder} after update {progress.update}", *lines]))
+        train(run)
 
 
 def train(run: Run) -> None:
     """Train to the end of the run, and close it."""
+    try:
+        _train(run)
+        _close(run)
+    except KeyboardInterrupt as error:
+        if run.processes.size > 1:  # it is said once for all of them
+            raise
+        say(run.processes, f"aborted; {_how_to_go_on(run)}")
+        raise SystemExit(128 + signal.SIGINT) from error
+
+
+def _train(run: Run) -> None:
     with (
         run.writer,
         closing(_open_logs(run)) as log,
@@ -90,7 +112,6 @@ def train(run: Run) -> None:
             if run.processes.is_main:
                 view.say(f"saved after update {_save_what_is_left(run, loop)}")
             raise LostProcessError(f"{error}; {_how_to_go_on(run)}") from error
-    _close(run)
 
 
 def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
@@ -100,6 +121,8 @@ def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
         SystemExit: after a signal, once a checkpoint is written.
     """
     config, optimizer = run.config, run.optimizer
+    if run.progress.update == 0:
+        save(run)
     loop.begin()
     while optimizer.num_updates < config.steps:
         loop.attempt()

@@ -178,15 +178,17 @@ def test_a_zero_on_the_command_line_wins_over_the_file(tmp_path: Path, started: 
     assert (started[0].rank, started[0].seed, started[0].restart_every) == (0, 0, 0)
 
 
-def test_resume_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    resumed: list[Path] = []
-    monkeypatch.setattr(train, "resume_run", lambda folder, _: resumed.append(folder))
+def test_flags_beside_resume_are_what_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    resumed: list[tuple[Path, Any]] = []
+    monkeypatch.setattr(train, "resume_run", lambda folder, options, _: resumed.append((folder, options)))
     assert run("pretrain", "--resume", str(tmp_path)) == 0
-    assert resumed == [tmp_path]
-    for more in (["--seed", "0"], ["--config", "c.toml"], ["--data", "A"], ["--no-compile"], ["--rank", "0"]):
-        assert run("pretrain", "--resume", str(tmp_path), *more) == 2
-        assert "goes alone: the settings come from the run" in one_line(capfd)
-    assert resumed == [tmp_path]
+    assert run("pretrain", "--resume", str(tmp_path), "--steps", "70", "--no-compile", "--data", "A", "B") == 0
+    assert resumed == [(tmp_path, {}), (tmp_path, {"steps": 70, "compile": False, "data": ["A", "B"]})]
+    assert run("pretrain", "--resume", str(tmp_path), "--config", "c.toml") == 2
+    assert "config='c.toml' does not go with resume: give flags for what is to change" in one_line(capfd)
+    assert len(resumed) == 2
 
 
 @pytest.mark.parametrize("words", [["--nonsense", "1"], ["--steps", "many"], ["extra"], ["--betas", "0.9"], ["--lr"]])
@@ -421,6 +423,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     ),
     "generate from nothing": (lambda desk: ["generate", desk.path("nowhere"), "--prompt", "a"], "nowhere"),
     "plot of nothing": (lambda desk: ["plot", desk.path("nowhere")], "nowhere"),
+    "checkpoints of nothing": (lambda desk: ["checkpoints", desk.path("nowhere")], "holds no checkpoint"),
     "spectrum of nothing": (lambda desk: ["spectrum", desk.path("a"), desk.path("b")], "a"),
 }
 

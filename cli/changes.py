@@ -1,0 +1,53 @@
+"""What of a run's settings may change when it goes on, and what that means.
+
+nothing changes for the training    evaluation, saving, logging, the places of the texts (their contents are checked)
+the last bits may change            device, threads, compile, micro_batch_size, shard: sums are taken in another order
+the rates change from there on      steps: schedules end where the run ends
+refused                             all else, seed and lr and rank among it: that would be another run
+"""
+
+from __future__ import annotations
+
+from .build import make_schedule
+from .config import FIELDS, Config, UserError
+
+_FREE = ("eval_every", "save_every", "keep", "keep_every", "max_skips", "log", "data", "text_field")
+_ROUNDING = ("device", "threads", "compile", "micro_batch_size", "shard")
+_UNSEEN = ("out", "tokens")  # a folder may be moved; steps say it already
+
+
+def changes(before: Config, after: Config, *, update: int) -> list[str]:
+    """Return a line for each setting that has changed since a checkpoint.
+
+    Args:
+        before: the settings with which the checkpoint was made.
+        after: those with which its run is to go on.
+        update: the checkpoint's.
+
+    Raises:
+        UserError: for a setting that may not change, or fewer steps than were made.
+    """
+    names = [name for name in FIELDS if name not in _UNSEEN and getattr(before, name) != getattr(after, name)]
+    for name in names:
+        if name not in (*_FREE, *_ROUNDING, "steps"):
+            raise UserError(
+                f"{name}={getattr(after, name)!r}, but {after.out} was trained with {getattr(before, name)!r}: go on "
+                "with that, or start a new run"
+            )
+    if after.steps < update:
+        raise UserError(f"steps={after.steps}, but {after.out} has made {update} updates: give at least as many")
+    return [_line(name, before, after, update) for name in names]
+
+
+def _line(name: str, before: Config, after: Config, update: int) -> str:
+    line = f"{name}: {_shown(getattr(before, name))} -> {_shown(getattr(after, name))}"
+    if name == "steps":
+        rates = [config.lr * make_schedule(config)(update + 1) for config in (before, after)]
+        return f"{line}; the rate of update {update + 1} is {rates[1]:.3g}, and was to be {rates[0]:.3g}"
+    if name in _ROUNDING:
+        return f"{line}; sums may round differently: equal to the run so far, but not in the last bits"
+    return line
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else "none" if value is None else str(value)

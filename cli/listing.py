@@ -1,0 +1,67 @@
+"""A run's checkpoints as a table: `relora-opt checkpoints RUN`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .checkpoint import checkpoints, damage_of, read_progress
+from .config import UserError
+from .report import show_bytes
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of the table.
+
+    Args:
+        update: updates applied when it was written.
+        val_loss: the latest validation loss then, nats per token; None where there was none yet, or it cannot be read.
+        size: of all its files, in bytes.
+        damage: what is wrong with it; None where every byte is as it was written.
+    """
+
+    update: int
+    val_loss: float | None
+    size: int
+    damage: str | None
+
+
+def list_checkpoints(run: Path) -> list[Listed]:
+    """Verify a run's checkpoints, oldest first.
+
+    Raises:
+        UserError: where there are none.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{str(run)!r} holds no checkpoint: give the folder of a run that has saved one")
+    return [_listed(path) for path in found]
+
+
+def print_checkpoints(listed: list[Listed], *, console: Console) -> None:
+    """Print the table."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    for name in ("update", "val loss", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for line in listed:
+        loss = "-" if line.val_loss is None else f"{line.val_loss:.4f}"
+        table.add_row(f"{line.update:,}", loss, show_bytes(line.size), Text(line.damage or "whole"))
+    console.print(table)
+
+
+def _listed(checkpoint: Path) -> Listed:
+    size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
+    try:
+        damage = damage_of(checkpoint)
+    except UserError as error:  # of another format
+        damage = str(error)
+    val_loss = None
+    if damage is None:
+        val_loss = read_progress(checkpoint).val_loss
+    return Listed(int(checkpoint.name), val_loss, size, damage)

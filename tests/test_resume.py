@@ -1,0 +1,400 @@
+"""A run that was interrupted and resumed equals, bit for bit, the run that never stopped; another run is refused."""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from relora_opt_cli import train
+from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress
+from relora_opt_cli.config import UserError, load_config_file
+from relora_opt_cli.loop import Loop
+from relora_opt_cli.record import read_record
+from relora_opt_cli.train import resume_run
+from tiny import CYCLE, STEPS, WARM_START, end_of, rows
+from tiny import train as run_tiny
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the command line catches it."""
+
+
+@pytest.fixture(autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr(train, "plot_runs", lambda *_: None)  # half of a tiny run's time
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that never stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        torch.set_num_threads(1)
+        return run_tiny(tmp_path_factory.mktemp("whole"), keep=100)
+
+
+def at_micro_batch(number: int, do: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Do something before the micro-batch of that number (from 1) is trained on."""
+    make_step = Loop._make_step
+
+    def counting(self: Loop) -> Any:
+        step, count = make_step(self), iter(range(1, 10**6))
+
+        def counted(tokens: torch.Tensor) -> torch.Tensor:
+            if next(count) == number:
+                do()
+            return step(tokens)
+
+        return counted
+
+    patch.setattr(Loop, "_make_step", counting)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def interrupted(folder: Path, micro_batch: int, do: Callable[[], None], **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_micro_batch(micro_batch, do, patch)
+        run_tiny(folder, **options)
+
+
+def resumed_and_killed(run: Path, micro_batch: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_micro_batch(micro_batch, kill, patch)
+        with pytest.raises(Killed):
+            resume_run(run)
+
+
+POINTS = {
+    "before the first update": 0,
+    "in the warm start": 2,
+    "on the update before the switch": WARM_START - 1,
+    "at the switch": WARM_START,
+    "after the switch": WARM_START + 1,
+    "on the update before a restart": WARM_START + CYCLE - 1,
+    "at a restart": WARM_START + CYCLE,
+    "after a restart": WARM_START + CYCLE + 1,
+    "at the second restart, in the second epoch": WARM_START + 2 * CYCLE,
+    "on the update before the last": STEPS - 1,
+}
+
+
+@pytest.mark.parametrize(("micro_batch", "save_every"), [(1, 4), (2, 1)])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_ends_as_the_one_that_never_stopped_bitwise(
+    point: str, micro_batch: int, save_every: int, whole: Path, tmp_path: Path
+) -> None:
+    """Killed between two updates, or in the middle of the second one's accumulation; resumed there, or from earlier."""
+    made = POINTS[point]
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 2 * made + micro_batch, kill, save_every=save_every)
+    run = tmp_path / "run"
+    assert int(checkpoints(run)[-1].name) == made - made % save_every
+    resume_run(run)
+    assert rows(run) == rows(whole)
+    assert end_of(run) == end_of(whole)
+
+
+def test_the_matrix_reaches_a_second_epoch(whole: Path) -> None:
+    config = load_config_file(whole / "config.toml")
+    tokens = sum(len(path.read_text()) for path in Path(config["data"][0]).iterdir())
+    seen = (WARM_START + 2 * CYCLE) * config["batch_size"] * config["seq_len"]
+    assert tokens / 2 < seen
+    assert rows(whole)[WARM_START + 2 * CYCLE].restarts == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"base": "muon"}, {"base": "sgd"}, {"init": "gradient"}, {"prune": "random:0.9"}, {"rank": 0}],
+    ids=str,
+)
+def test_every_kind_of_run_goes_on_bitwise(options: dict[str, Any], tmp_path: Path) -> None:
+    """Killed before the switch, after it, where a gradient is sketched once of twice, and at a restart."""
+    whole, run = run_tiny(tmp_path, out=str(tmp_path / "whole"), steps=12, **options), tmp_path / "run"
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 2 * (WARM_START - 1) + 2, kill, steps=12, **options)
+    for num_updates in (1, 1, CYCLE - 1):
+        resumed_and_killed(run, 2 * num_updates + 2)
+    resume_run(run)
+    assert rows(run) == rows(whole)
+    assert end_of(run) == end_of(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_every_update_ends_the_same(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 2, kill)
+    for _ in range(STEPS - 1):
+        resumed_and_killed(tmp_path / "run", 4)
+    resume_run(tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(whole)
+    assert end_of(tmp_path / "run") == end_of(whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
+    number: int, status: int, micro_batch: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        interrupted(tmp_path, 2 * 7 + micro_batch, lambda: os.kill(os.getpid(), number), save_every=100)
+    run = tmp_path / "run"
+    assert end.value.code == status
+    assert f"stopped; to go on: relora-opt pretrain --resume {run}" in capsys.readouterr().out
+    assert int(checkpoints(run)[-1].name) == rows(run)[-1].update == 8
+    resume_run(run)
+    assert rows(run) == rows(whole)
+    assert end_of(run) == end_of(whole)
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("relora_opt_cli.signals._ECHO", 0.0)
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as end:
+        interrupted(tmp_path, 2 * 7 + 1, twice, save_every=4)
+    run = tmp_path / "run"
+    assert end.value.code == 130
+    assert f"aborted; to go on: relora-opt pretrain --resume {run}" in capsys.readouterr().out
+    assert int(checkpoints(run)[-1].name) == 4
+    resume_run(run)
+    assert end_of(run) == end_of(whole)
+
+
+def test_an_echo_of_an_interrupt_is_no_second_one(tmp_path: Path) -> None:
+    """torchrun hands on to its processes what the terminal has sent them already."""
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as end:
+        interrupted(tmp_path, 3, twice)
+    assert end.value.code == 130
+    assert int(checkpoints(tmp_path / "run")[-1].name) == 2
+
+
+def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(tmp_path: Path) -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 7, kill)
+    expected = drawn()
+    resume_run(tmp_path / "run")
+    assert drawn() == expected
+    last = read_record(checkpoints(tmp_path / "run")[-1])
+    assert last.values["random"].keys() >= {"python", "numpy", "torch"}
+
+
+# ---- updates that are skipped
+
+
+def spoil_batches(patch: pytest.MonkeyPatch, numbers: range) -> None:
+    """Make the loss of these batches (from 0) nan, as a text in a strange format might."""
+    attempt, loss, is_spoiled = Loop.attempt, Loop._loss, [False]
+
+    def attempt_batch(self: Loop) -> None:
+        is_spoiled[0] = self.run.progress.attempts in numbers
+        attempt(self)
+
+    def loss_of_batch(self: Loop, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return loss(self, model, tokens) * (float("nan") if is_spoiled[0] else 1.0)
+
+    patch.setattr(Loop, "attempt", attempt_batch)
+    patch.setattr(Loop, "_loss", loss_of_batch)
+
+
+@pytest.mark.parametrize("killed_at", [6, 7])
+def test_batches_whose_loss_is_nan_are_skipped_counted_and_not_served_again(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches 5 and 6 are spoiled; the run is killed in an attempt around them."""
+    spoil_batches(monkeypatch, range(5, 7))
+    whole = run_tiny(tmp_path, out=str(tmp_path / "whole"))
+    assert capsys.readouterr().out.count("update 6 skipped: loss nan or its gradient is not finite") == 2
+    progress = read_progress(checkpoints(whole)[-1])
+    assert (progress.update, progress.attempts, progress.skips) == (STEPS, STEPS + 2, 0)
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 2 * killed_at + 1, kill)
+    resume_run(tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(whole)
+    assert end_of(tmp_path / "run") == end_of(whole)
+
+
+def test_too_many_skips_in_a_row_end_the_run_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_batches(monkeypatch, range(5, 1000))
+    with pytest.raises(
+        UserError, match=r"3 updates in a row had no finite loss .*max_skips=3\): start again with lower"
+    ):
+        run_tiny(tmp_path, max_skips=3)
+    run = tmp_path / "run"
+    progress = read_progress(checkpoints(run)[-1])
+    assert (progress.update, progress.skips) == (5, 2)
+    with pytest.raises(UserError, match="3 updates in a row"):  # those before it was resumed count
+        resume_run(run)
+
+
+# ---- metrics
+
+
+def test_rows_beyond_the_restored_update_are_cut(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        interrupted(tmp_path, 2 * 10 + 1, kill, save_every=4)
+    run = tmp_path / "run"
+    assert rows(run)[-1].update == 10
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 11, "tok')  # torn by the kill
+    resumed_and_killed(run, 1)
+    assert rows(run) == rows(whole)[:9]
+
+
+# ---- settings that changed
+
+
+def part_of(whole: Path, tmp_path: Path, update: int = 8) -> Path:
+    """Return a copy of a run as it was when it was killed after an update."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in checkpoints(run):
+        if int(path.name) > update:
+            shutil.rmtree(path)
+    return run
+
+
+def test_what_training_does_not_see_may_change_and_is_listed(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path)
+    capsys.readouterr()
+    resume_run(run, {"eval_every": 5, "keep": 3, "keep_every": 10, "save_every": 2})
+    said = capsys.readouterr().out
+    head = f"resuming {run} after update 8\n  eval_every: 6 -> 5\n  save_every: 1 -> 2\n  keep: 100 -> 3\n"
+    assert said.startswith(f"{head}  keep_every: none -> 10\n")
+    assert end_of(run) == end_of(whole)
+    assert [row.update for row in rows(run) if row.val_loss is not None] == [0, 4, 6, 10, 15, 20]
+    assert [int(path.name) for path in checkpoints(run)] == [0, 10, 16, 18, 20]
+    assert load_config_file(run / "config.toml")["eval_every"] == 5
+    assert read_config(checkpoints(run)[-1])["eval_every"] == 5
+    assert read_config(checkpoints(run)[1])["eval_every"] == 5
+
+
+def test_what_may_round_differently_is_said(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = part_of(whole, tmp_path)
+    resume_run(run, {"micro_batch_size": 4})
+    assert "micro_batch_size: 2 -> 4; sums may round differently" in capsys.readouterr().out
+    for ours, theirs in zip(rows(run)[1:], rows(whole)[1:], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)  # Adam enlarges what float32 rounds
+
+
+def test_more_steps_move_the_schedule_s_end_and_the_new_rate_is_said(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path)
+    resume_run(run, {"steps": 30})
+    found = rows(run)
+    assert [row.update for row in found] == list(range(31))
+    assert found[:9] == rows(whole)[:9]
+    line = f"steps: 20 -> 30; the rate of update 9 is {found[9].lr:.3g}, and was to be {rows(whole)[9].lr:.3g}\n"
+    assert line in capsys.readouterr().out
+    assert found[9].lr > rows(whole)[9].lr
+
+
+def test_a_finished_run_goes_on_when_it_gets_more_steps_or_tokens(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path, STEPS)
+    resume_run(run)
+    assert "is finished: 20 updates; give more --steps to go on" in capsys.readouterr().out
+    resume_run(run, {"tokens": 24 * 4 * 16})
+    assert [row.update for row in rows(run)] == list(range(25))
+    assert read_progress(checkpoints(run)[-1]).is_finished
+    assert end_of(run) != end_of(whole)
+
+
+def test_a_longer_run_at_a_constant_rate_equals_one_that_was_long_from_the_start(tmp_path: Path) -> None:
+    options = {"outer": "constant", "warmup": 0, "eval_every": 3}
+    whole = run_tiny(tmp_path, out=str(tmp_path / "whole"), steps=24, **options)
+    run = run_tiny(tmp_path, steps=15, **options)
+    resume_run(run, {"steps": 24})
+    assert rows(run) == rows(whole)
+    assert end_of(run) == end_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, r"seed=1, but .*run was trained with 0: go on with that, or start a new run"),
+        ({"lr": 0.5}, r"lr=0\.5, but .*run was trained with 0\.01"),
+        ({"rank": 2}, r"rank=2, but .*run was trained with 4"),
+        ({"seq_len": 8}, r"seq_len=8, but"),
+        ({"batch_size": 8}, r"batch_size=8, but"),
+        ({"restart_every": 6}, r"restart_every=6, but"),
+        ({"base": "sgd"}, r"base='sgd', but"),
+        ({"dtype": "bfloat16"}, r"dtype='bfloat16', but"),
+        ({"steps": 11}, r"steps=11, but .*run has made 12 updates: give at least as many"),
+        ({"steps": 9, "tokens": 640}, r"steps=9 and tokens=640 both say"),
+        ({"tokens": 1}, r"tokens=1 is less than one update's 64"),
+        ({"eval_every": 0}, r"eval_every=0 must be a whole number"),
+        ({"keep": "ten"}, r"keep='ten' is of the wrong kind"),
+    ],
+    ids=str,
+)
+def test_what_would_make_another_run_is_refused_by_name_and_changes_nothing(
+    options: dict[str, Any], message: str, whole: Path, tmp_path: Path
+) -> None:
+    run = part_of(whole, tmp_path, 12)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(UserError, match=message):
+        resume_run(run, options)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == before
+
+
+def test_a_setting_that_was_changed_by_hand_is_refused_or_listed_too(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path)
+    config = run / "config.toml"
+    plain = config.read_text()
+    config.write_text(plain.replace("seed = 0", "seed = 3"))
+    with pytest.raises(UserError, match=r"seed=3, but .* was trained with 0"):
+        resume_run(run)
+    config.write_text(plain.replace("eval_every = 6", "eval_every = 4"))
+    resume_run(run)
+    assert "eval_every: 6 -> 4\n" in capsys.readouterr().out
+    assert end_of(run) == end_of(whole)
+
+
+def test_texts_may_move_but_not_change(whole: Path, tmp_path: Path) -> None:
+    run = part_of(whole, tmp_path)
+    texts = Path(load_config_file(run / "config.toml")["data"][0])
+    shutil.copytree(texts, tmp_path / "moved")
+    (tmp_path / "moved" / "0.txt").write_text((texts / "0.txt").read_text().replace("a", "b"))
+    with pytest.raises(UserError, match=r"the texts are not those that .*run was trained on"):
+        resume_run(run, {"data": [str(tmp_path / "moved")]})
+    shutil.copy(texts / "0.txt", tmp_path / "moved" / "0.txt")
+    resume_run(run, {"data": [str(tmp_path / "moved")]})
+    assert end_of(run) == end_of(whole)
+
+
+def test_a_run_s_folder_may_move(whole: Path, tmp_path: Path) -> None:
+    run = part_of(whole, tmp_path).rename(tmp_path / "elsewhere")
+    resume_run(run)
+    assert rows(run) == rows(whole)
+    assert replace(read_progress(checkpoints(run)[-1]), seconds=0.0).is_finished
