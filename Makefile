@@ -28,6 +28,7 @@ test: $(DEV)
 
 test-all: test
 	.venv/bin/python -m pytest -m 'slow and not gpu'
+	FAULT_KILLS=50 .venv/bin/python -m pytest -m faults
 	.venv/bin/python tests/mutations.py
 
 test-gpu: $(DEV)

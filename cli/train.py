@@ -52,6 +52,8 @@ def start_run(config: Config, processes: World | None = None) -> None:
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(claimed(run.folder)))
         processes.on_main(lambda: write_folder(run))
+        held.enter_context(run.writer)
+        save(run)
         train(run)
 
 
@@ -64,6 +66,7 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
     told = config_of(folder)
     config = changed(told, options or {})
     processes = on_device(config, processes)
+    processes.on_main(lambda: latest_checkpoint(folder))  # a folder without one stays as it is
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(locked(folder, partial(say, processes))))
         checkpoint = main_checkpoint(folder, processes)
@@ -80,6 +83,7 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         run = restored_run(config, checkpoint, processes)
         run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
         processes.on_main(lambda: write_config(run))
+        held.enter_context(run.writer)
         say(processes, "\n  ".join([f"resuming {folder} after update {progress.update}", *lines]))
         train(run)
 
@@ -90,6 +94,7 @@ def train(run: Run) -> None:
         _train(run)
         _close(run)
     except KeyboardInterrupt as error:
+        run.writer.abandon()
         if run.processes.size > 1:  # it is said once for all of them
             raise
         say(run.processes, f"aborted; {_how_to_go_on(run)}")
@@ -98,7 +103,6 @@ def train(run: Run) -> None:
 
 def _train(run: Run) -> None:
     with (
-        run.writer,
         closing(_open_logs(run)) as log,
         View(run.config.steps, console=run.console) as view,
         Interrupts() as interrupts,
@@ -121,8 +125,6 @@ def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
         SystemExit: after a signal, once a checkpoint is written.
     """
     config, optimizer = run.config, run.optimizer
-    if run.progress.update == 0:
-        save(run)
     loop.begin()
     while optimizer.num_updates < config.steps:
         loop.attempt()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class Writer:
     """Does what it is given in a thread; what that raises is raised by the next call.
 
-    As a context manager it waits in the end, but for an interrupt: that leaves the work where it is.
+    As a context manager it waits in the end.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif not issubclass(kind, KeyboardInterrupt):
+        else:
             self._join()
 
     def start(self, work: Callable[[], object]) -> None:
@@ -35,6 +35,10 @@ class Writer:
         """Return when all work is done."""
         self._join()
         self.check()
+
+    def abandon(self) -> None:
+        """Leave the work where it is: it ends with the process."""
+        self._thread = None
 
     def check(self) -> None:
         """Raise what the work has raised, if it has."""

@@ -209,7 +209,7 @@ def test_an_interrupted_run_has_told_tensorboard_everything(tmp_path: Path, numb
             time.sleep(0.05)
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     rows = read_metrics(path)
     assert scalars(tmp_path / "run")["loss"] == [(row.update, pytest.approx(row.loss)) for row in rows[1:]]
 
