@@ -8,12 +8,20 @@ refused                             all else, seed and lr and rank among it: tha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .build import make_schedule
 from .config import FIELDS, Config, UserError
 
-_FREE = ("eval_every", "save_every", "keep", "keep_every", "max_skips", "log", "data", "text_field")
-_ROUNDING = ("device", "threads", "compile", "micro_batch_size", "shard")
+_FREE = ("eval_every", "save_every", "keep", "keep_every", "max_skips", "log", "data", "text_field", "allow_lossy")
+_ROUNDING = ("device", "threads", "compile", "micro_batch_size", "shard", "checkpoint_activations")
 _UNSEEN = ("out", "tokens")  # a folder may be moved; steps say it already
+
+
+def settled(before: Config, after: Config) -> Config:
+    """Return the settings with those that are left open as they were settled when the run began (machine.py)."""
+    dtype = before.dtype if after.dtype == "auto" else after.dtype
+    return replace(after, dtype=dtype, compile=before.compile if after.compile is None else after.compile)
 
 
 def changes(before: Config, after: Config, *, update: int) -> list[str]:

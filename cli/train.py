@@ -23,7 +23,7 @@ from typing import Any
 
 from relora_opt import memory
 
-from .changes import changes
+from .changes import changes, settled
 from .checkpoint import latest_checkpoint, read_progress
 from .config import Config, Options, changed
 from .export import write_export
@@ -75,7 +75,9 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
             progress,
             lambda other: f"{checkpoint} is not that of rank 0 ({progress} here, {other} there): copy that one",
         )
-        lines = changes(config_at(checkpoint, told), config, update=progress.update)
+        before = config_at(checkpoint, told)
+        config = settled(before, config)
+        lines = changes(before, config, update=progress.update)
         if progress.is_finished and progress.update == config.steps:
             say(processes, f"{folder} is finished: {progress.update} updates; give more --steps to go on")
             return

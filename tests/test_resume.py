@@ -286,7 +286,7 @@ def test_what_training_does_not_see_may_change_and_is_listed(
     resume_run(run, {"eval_every": 5, "keep": 3, "keep_every": 10, "save_every": 2})
     said = capsys.readouterr().out
     head = f"resuming {run} after update 8\n  eval_every: 6 -> 5\n  save_every: 1 -> 2\n  keep: 100 -> 3\n"
-    assert said.startswith(f"{head}  keep_every: none -> 10\n")
+    assert f"{head}  keep_every: none -> 10\n" in said
     assert end_of(run) == end_of(whole)
     assert [row.update for row in rows(run) if row.val_loss is not None] == [0, 4, 6, 10, 15, 20]
     assert [int(path.name) for path in checkpoints(run)] == [0, 10, 16, 18, 20]
@@ -378,6 +378,13 @@ def test_a_setting_that_was_changed_by_hand_is_refused_or_listed_too(
     config.write_text(plain.replace("eval_every = 6", "eval_every = 4"))
     resume_run(run)
     assert "eval_every: 6 -> 4\n" in capsys.readouterr().out
+    assert end_of(run) == end_of(whole)
+
+
+def test_what_is_left_open_stays_as_it_was_settled(whole: Path, tmp_path: Path) -> None:
+    run = part_of(whole, tmp_path)
+    resume_run(run, {"dtype": "auto"})
+    assert load_config_file(run / "config.toml")["dtype"] == "float32"
     assert end_of(run) == end_of(whole)
 
 
