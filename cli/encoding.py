@@ -1,6 +1,6 @@
 """Documents to token ids, piece by piece, on all cores.
 
-A piece is about four million characters of consecutive documents; where pieces begin depends on the documents alone, so
+A piece is about a million characters of consecutive documents; where pieces begin depends on the documents alone, so
 that work can be taken up at any piece. `tokenizers` encodes the documents of a piece in parallel. While the ids of one
 piece are turned into arrays, which takes Python's lock and so one core, the next is being encoded.
 """
@@ -8,6 +8,7 @@ piece are turned into arrays, which takes Python's lock and so one core, the nex
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,8 @@ from .split import SplitPart
 from .store import SIDES, Stream, id_dtype
 from .tokens import end_of_text_id, vocabulary_size
 
-PIECE = 1 << 22  # characters; an encoding takes some hundred bytes a token
-_IN_FLIGHT = 2
+PIECE = 1 << 20  # characters; until it is an array, a token takes about 150 bytes
+_IN_FLIGHT = max(2, (os.cpu_count() or 1) // 4)  # pieces; each keeps a few cores busy
 
 
 @dataclass(frozen=True)
