@@ -1,0 +1,58 @@
+"""`relora-opt checkpoints RUN` says of every checkpoint what it is and whether it is whole."""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from relora_opt_cli import train
+from relora_opt_cli.checkpoint import checkpoints
+from relora_opt_cli.config import UserError
+from relora_opt_cli.listing import list_checkpoints, print_checkpoints
+from rich.console import Console
+from tiny import train as run_tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(train, "plot_runs", lambda *_: None)
+        return run_tiny(tmp_path_factory.mktemp("finished"), save_every=6, keep=9)
+
+
+def printed(run: Path, width: int = 100) -> list[str]:
+    stream = io.StringIO()
+    print_checkpoints(list_checkpoints(run), console=Console(file=stream, width=width))
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def test_every_checkpoint_has_a_line_with_update_loss_size_and_state(finished: Path) -> None:
+    lines = printed(finished)
+    assert lines[0].split() == ["update", "val", "loss", "size", "state"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "6", "12", "18", "20"]
+    assert all(line.endswith("whole") for line in lines[1:])
+    last = list_checkpoints(finished)[-1]
+    assert f"{last.val_loss:.4f}" in lines[-1]
+    assert last.size == sum(path.stat().st_size for path in checkpoints(finished)[-1].iterdir())
+
+
+def test_a_damaged_one_says_what_is_wrong_with_it(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (checkpoints(run)[1] / "model.safetensors").write_bytes(b"")
+    (checkpoints(run)[2] / "state.json").write_text('{"format": 7}')
+    (checkpoints(run)[3] / "optimizer.safetensors").unlink()
+    states = [line.damage for line in list_checkpoints(run)]
+    assert states[0] is states[4] is None
+    assert "model.safetensors is damaged (0 bytes where" in str(states[1])
+    assert "has format 7 and not 2" in str(states[2])
+    assert "optimizer.safetensors is damaged (No such file or directory)" in str(states[3])
+    assert "whole" in printed(run, 60)[1]
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint: give the folder of a run that has saved one"):
+        list_checkpoints(tmp_path)
