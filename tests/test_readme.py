@@ -1,6 +1,9 @@
 """What README.md shows is what works."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,20 @@ def test_the_marked_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         optimizer = names["optimizer"]
         assert (optimizer.num_updates, optimizer.num_restarts) == (60, 2)  # type: ignore[attr-defined]
         assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_marked_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"<!-- test:commands -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert {command[1] for command in commands} >= {"pretrain", "eval", "generate"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, *words in commands:
+        assert name == "relora-opt"
+        program = [sys.executable, "-m", "relora_opt_cli", *words]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_the_two_lines_of_the_diff_train_a_model() -> None:
