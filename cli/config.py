@@ -235,7 +235,9 @@ def load_config_file(path: str | Path) -> Options:
             options = tomllib.load(file)
     except OSError as error:
         raise UserError(f"config={str(path)!r} cannot be read: {error.strerror}; give a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
         raise UserError(f"config={str(path)!r} is not TOML: {error}") from error
     _check_names(options, str(path))
     return dict(options)

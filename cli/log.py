@@ -200,7 +200,12 @@ def _identity(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
     if not path.exists():
         _note(folder, {"id": secrets.token_hex(4), "last": -1})
-    identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(identity["id"], str) or type(identity["last"]) is not int:
+            raise TypeError("an id and the last update were written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it to log as a new run") from error
     return identity
 
 

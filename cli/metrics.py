@@ -127,7 +127,7 @@ def _row(line: bytes, *, where: str) -> Row:
     """Read one line of metrics.jsonl."""
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {_excerpt(line)}; remove the line") from error
     if not isinstance(values, dict) or not _KINDS.keys() - _LATER <= values.keys() <= _KINDS.keys():
         raise UserError(f"{where} does not have the keys {', '.join(_KINDS)}: {_excerpt(line)}; remove the line")

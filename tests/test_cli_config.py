@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from relora_opt_cli.config import (
     PRESETS,
     Config,
     UserError,
+    changed,
     load_config_file,
     parse_prune,
     resolve,
@@ -340,3 +342,35 @@ def test_any_options_resolve_or_are_refused_by_one_sentence(options: dict[str, A
     else:
         message = ""
     assert len(message) < 1500
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=80)
+    | st.text(max_size=80).map(str.encode)
+    | st.sampled_from(
+        [b"a = " + b"[" * 10**5, b"rank = " + b"9" * 5000, b"a." * 10**4 + b"b = 1", b'x = "' + b"a" * 2**21]
+    )
+)
+def test_whatever_stands_in_a_config_file_costs_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
+    path.write_bytes(content)
+    try:
+        assert isinstance(resolve(load_config_file(path)), Config)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert len(message) < 1500
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(FIELD_NAMES), st.integers(-3, 300) | st.floats() | st.text(max_size=5))
+def test_any_change_to_a_configuration_holds_or_is_refused_by_one_sentence(name: str, value: Any) -> None:
+    config = new = resolve({})
+    with suppress(UserError):
+        new = changed(config, {name: value})
+    others = {other for other in FIELDS if getattr(new, other) != getattr(config, other)}
+    assert others <= {name, "steps"}

@@ -25,7 +25,7 @@ import pytest
 import torch
 from relora_opt_cli.checkpoint import checkpoints
 from relora_opt_cli.config import UserError, resolve
-from relora_opt_cli.log import check_logs
+from relora_opt_cli.log import check_logs, remember
 from relora_opt_cli.metrics import Row, read_metrics
 from relora_opt_cli.train import resume_run, start_run
 
@@ -173,6 +173,14 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 3, "last": 2}', '{"id": "a", "last": "b"}', "[" * 10**5])
+def test_a_damaged_note_of_what_was_logged_is_one_sentence_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "log.json").write_text(content)
+    with pytest.raises(UserError, match=r"log\.json is damaged \(.*\): remove it to log as a new run") as caught:
+        remember(tmp_path, last=3)
+    assert "\n" not in str(caught.value)
 
 
 @needs("tensorboard")

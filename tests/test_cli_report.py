@@ -145,6 +145,24 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: s
         read_metrics(path)
 
 
+@given(
+    st.binary(max_size=60) | st.sampled_from([b"[" * 10**5, b"9" * 5000, b'{"update": ' + b"[" * 10**5]), st.booleans()
+)
+def test_whatever_stands_in_the_metrics_is_read_or_costs_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, line: bytes, has_more: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(line + (b"\n" + ROW.to_json().encode() + b"\n" if has_more else b""))
+    message, rows = "", []
+    try:
+        rows = read_metrics(path)
+    except UserError as error:
+        message = str(error)
+    assert rows == []  # no random bytes are a row; a last line alone is torn
+    assert len(message.splitlines()) <= 1
+    assert len(message) < 500
+
+
 def test_missing_metrics_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read metrics '.*metrics\.jsonl': No such file"):
         read_metrics(tmp_path / "metrics.jsonl")

@@ -90,7 +90,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize(("micro_batch", "save_every"), [(1, 4), (2, 1)])
+@pytest.mark.parametrize(("micro_batch", "save_every"), [(2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_run_ends_as_the_one_that_never_stopped_bitwise(
     point: str, micro_batch: int, save_every: int, whole: Path, tmp_path: Path
