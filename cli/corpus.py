@@ -307,8 +307,11 @@ def _read_corpus(folder: Path, tokenizer: Tokenizer) -> tuple[Corpus, str]:
 
 
 def _check_out(out: Path, key: str | None) -> None:
-    """Refuse a folder that holds anything but a store, and with a key, any other store."""
+    """Refuse a folder that cannot be written, or holds anything but a store; with a key, any other store."""
     try:
+        nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+        if nearest != out and not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            raise UserError(f"out={str(out)!r} cannot be written, {nearest} is in the way: give another folder")
         is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be read: {error.strerror or error}") from error

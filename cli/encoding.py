@@ -19,10 +19,9 @@ from itertools import islice
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .config import UserError
 from .split import SplitPart
 from .store import SIDES, Stream, id_dtype
-from .tokens import end_of_text_id, vocabulary_size
+from .tokens import end_of_text_id, refusing, vocabulary_size
 
 PIECE = 1 << 20  # characters; until it is an array, a token takes about 150 bytes
 _IN_FLIGHT = max(2, (os.cpu_count() or 1) // 4)  # pieces; each keeps a few cores busy
@@ -124,8 +123,6 @@ class _Encoder:
         return Encoded(piece, {side: np.concatenate(ids[side]) for side in SIDES}, num_documents, num_bytes)
 
     def _encoded(self, texts: list[str]) -> Sequence[Encoding]:
-        try:
+        with refusing("tokenizer cannot encode the texts", "give another one"):
             encoded: Sequence[Encoding] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return encoded
-        except Exception as error:  # tokenizers raises bare Exception: a model without an unknown token, say
-            raise UserError(f"tokenizer cannot encode the texts ({error}): give another one") from error

@@ -29,8 +29,8 @@ from .config import UserError
 from .formats import KINDS, check_column, kind_of, read_column, read_file
 from .parts import Part
 
-_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_CHOICE = re.compile(r"(?P<config>[\w.+-]*)(:(?P<split>[\w.+:%\[\]-]*))?")
+_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+_CHOICE = re.compile(r"(?P<config>(\w[\w.+-]*)?)(:(?P<split>[\w.+:%\[\]-]*))?")
 _FILE_SUFFIXES = frozenset((*KINDS, ".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".md", ".html"))
 _ROWS = 64  # of a dataset at a time
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def is_store(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    return os.path.isfile(folder / MANIFEST)
 
 
 def open_store(folder: Path) -> tuple[Manifest, dict[str, Stream]]:

@@ -15,8 +15,8 @@ import heapq
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import tokenizers
@@ -31,6 +31,7 @@ MOST_TRAINED_ON = 1 << 26  # characters
 _FOREIGN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 _MOST_BYTES = 1 << 28  # of a tokenizer.json; those of models with 256,000 tokens have some 30 MB
 _FORMAT = "2"
+_PANIC = "PanicException"  # of pyo3, a BaseException that cannot be imported
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -86,9 +87,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         UserError: for anything else.
     """
-    file = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
+    file = Path(path) / TOKENIZER if os.path.isdir(path) else Path(path)
     remedy = f"give a {TOKENIZER}, or a folder with one"
-    try:
+    if not os.path.lexists(file):
+        raise UserError(f"tokenizer={str(file)!r} does not exist: {remedy}")
+    with refusing(f"tokenizer={str(path)!r} cannot be read", remedy):
         if file.exists() and not file.is_file():
             raise UserError(f"tokenizer={str(path)!r} is no regular file: {remedy}")
         if file.stat().st_size > _MOST_BYTES:
@@ -97,13 +100,28 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary_size(tokenizer)
-    except FileNotFoundError as error:
-        raise UserError(f"tokenizer={str(file)!r} does not exist: {remedy}") from error
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
-        raise UserError(f"tokenizer={str(path)!r} cannot be read ({_reason(error)}): {remedy}") from error
+        if getattr(tokenizer.model, "dropout", None):
+            raise UserError(
+                f"tokenizer={str(path)!r} has dropout={tokenizer.model.dropout:g}, with which a text has other tokens "
+                "every time: set it to null"
+            )
     return tokenizer
+
+
+@contextmanager
+def refusing(what: str, remedy: str) -> Iterator[None]:
+    """Say in one sentence what `tokenizers` raises: bare Exceptions, and panics of its Rust code, which are none.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or type(error).__name__ == _PANIC):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} ({reason or type(error).__name__}): {remedy}") from error
 
 
 def check_new(out: Path) -> None:
@@ -151,11 +169,9 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
 
 def _there_and_back(tokenizer: Tokenizer, text: str) -> str:
-    try:
+    with refusing("tokenizer cannot encode the texts", "give another one"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return str(tokenizer.decode(ids, skip_special_tokens=False))
-    except Exception as error:  # a model without an unknown token, say
-        raise UserError(f"tokenizer cannot encode the texts ({_reason(error)}): give another one") from error
 
 
 def _excerpt(text: str, at: int) -> str:
@@ -227,7 +243,3 @@ def _publish(path: Path, contents: str) -> None:
 
 def _checksum(contents: str) -> str:
     return hashlib.sha256(contents.encode()).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -304,6 +304,14 @@ def test_ids_beyond_the_vocabulary_are_refused_even_with_the_right_checksum(tmp_
         prepare([str(tmp_path / "s")], Settings(), seq_len=16)
 
 
+@pytest.mark.parametrize("name", ["gone.txt", "\0", "x" * 5000, "x" * 5000 + "/"])
+def test_a_name_that_no_file_can_have_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=r"^data='.*' does not exist"):
+        prepare([name], Settings(), seq_len=16)
+    with pytest.raises(UserError, match=r"^(tokenizer|out)="):
+        tokenize([], Settings(tokenizer=name), Path(name))
+
+
 def test_an_unwritable_cache_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -519,6 +527,8 @@ def test_tokenizing_again_changes_nothing_and_another_corpus_is_not_written_over
         write(tmp_path / name, "mine")
         with pytest.raises(UserError, match="is in use"):
             tokenize([source], Settings(vocab_size=300), tmp_path / name.split("/")[0])
+    with pytest.raises(UserError, match=r"out='.*' cannot be written, .*/file is in the way: give another folder"):
+        tokenize([source], Settings(vocab_size=300), tmp_path / "file" / "a" / "b")
     monkeypatch.setattr(rooms, "take_census", lambda *_, **__: pytest.fail("read the texts first"))
     with pytest.raises(UserError, match="is in use"):
         tokenize([source], Settings(vocab_size=300), tmp_path / "mine")

@@ -274,6 +274,8 @@ def test_a_mangled_file_gives_texts_or_one_sentence(
         "a:b:c d",
         "../x:y",
         "x.y/../z",
+        "me/set:..",
+        "me/set:../x",
     ],
 )
 def test_a_path_that_does_not_exist_is_not_taken_for_a_dataset(name: str, offline: None) -> None:

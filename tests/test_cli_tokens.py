@@ -169,8 +169,20 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest
     bad.write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(UserError, match=r"tokenizer='.*bad.json' has more than 1 MB"):
         load_tokenizer(bad)
+    with pytest.raises(UserError, match=r"tokenizer=.x+. does not exist: give a"):
+        load_tokenizer("x" * 5000)
     with pytest.raises(UserError, match=r"tokenizer='/dev/null' is no regular file"):
         load_tokenizer("/dev/null")
+
+
+def test_a_tokenizer_whose_tokens_are_drawn_at_random_is_refused(tmp_path: Path) -> None:
+    drawn = Tokenizer.from_str(TOKENIZER.to_str())
+    drawn.model.dropout = 0.1
+    drawn.save(str(tmp_path / "t.json"))
+    with pytest.raises(
+        UserError, match=r"t\.json' has dropout=0\.1, with which a text has other tokens every time: set"
+    ):
+        load_tokenizer(tmp_path / "t.json")
 
 
 def test_a_tokenizer_that_cannot_end_or_encode_a_text_is_refused() -> None:
