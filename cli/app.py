@@ -215,7 +215,8 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte."""
     from .evaluate import evaluate as evaluation_of
-    from .evaluation import print_evaluation
+    from .evaluation import table_of
+    from .output import streamed_output
 
     evaluation = evaluation_of(
         model,
@@ -228,10 +229,8 @@ def evaluate(
         device=device,
         console=Console(stderr=True),
     )
-    if is_json:
-        typer.echo(evaluation.to_json())
-    else:
-        print_evaluation(evaluation, console=Console())
+    with streamed_output() as write:
+        write(evaluation.to_json() if is_json else table_of(evaluation, console=Console()))
 
 
 @app.command()

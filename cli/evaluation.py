@@ -66,14 +66,16 @@ class Evaluation:
         return json.dumps(content)
 
 
-def print_evaluation(evaluation: Evaluation, *, console: Console) -> None:
-    """Print an evaluation as a small table."""
+def table_of(evaluation: Evaluation, *, console: Console) -> str:
+    """Return an evaluation as a small table, in what a console can show."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _rows(evaluation).items():
         table.add_row(name, text)
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
 
 
 def _rows(evaluation: Evaluation) -> dict[str, str]:

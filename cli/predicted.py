@@ -68,7 +68,10 @@ def held_out_text(run: Path, config: Config, *, fingerprint: str | None, pace: P
         UserError: where the texts cannot be read, or are others.
     """
     settings = Settings.of(config, tokenizer=run / TOKENIZER, allow_lossy=True)
-    corpus = prepare(config.data, settings, seq_len=config.seq_len, pace=pace)
+    try:
+        corpus = prepare(config.data, settings, seq_len=config.seq_len, pace=pace)
+    except UserError as error:
+        raise UserError(f"the texts of {run} cannot be had: {error}; or give others with --data") from error
     if fingerprint not in (None, corpus.fingerprint):
         raise UserError(
             f"the texts are not those that {run} was trained on (data={list(config.data)}): restore them, or "

@@ -176,6 +176,14 @@ def test_changed_texts_are_refused_by_a_run_and_not_by_data(run: Path, tmp_path:
         file.write_bytes(before)
 
 
+def test_texts_that_are_gone_are_said_to_be_the_runs(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = (copied / "config.toml").read_text()
+    (copied / "config.toml").write_text(config.replace(str(run.parent / "texts"), str(tmp_path / "nowhere.txt")))
+    with pytest.raises(UserError, match=r"the texts of .*copied cannot be had: .*nowhere\.txt.*give others with"):
+        evaluate(copied)
+
+
 def test_a_tokenized_corpus_is_no_text_to_evaluate(run: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     tokenize([str(run.parent / "texts")], Settings(tokenizer=run), store)
