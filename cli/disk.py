@@ -44,7 +44,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: where the disk refuses; nothing is left.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.exists():
+        folder.parent.mkdir()
+        flush_folder(folder.parent.parent)
     partial = folder.with_name(f".{folder.name}{_PARTIAL}")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -26,6 +26,7 @@ from rich.console import Console
 from relora_opt import ReLoRAOptimizer
 
 from .build import make_optimizer, model_config, with_vocabulary
+from .checkpoint import checkpoints
 from .config import FIELDS, Config, UserError, to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
@@ -137,11 +138,9 @@ def claimed(folder: Path) -> Iterator[None]:
 def write_folder(run: Run) -> None:
     """Write what a run is, before it begins."""
     try:
+        write_file(run.folder / MODEL_CONFIG, json.dumps(run.model.config.to_dict(), indent=2).encode() + b"\n")
+        write_file(run.folder / TOKENIZER, run.corpus.tokenizer.to_str(pretty=True).encode())
         write_config(run)
-        (run.folder / MODEL_CONFIG).write_text(
-            json.dumps(run.model.config.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
-        run.corpus.tokenizer.save(str(run.folder / TOKENIZER))
     except OSError as error:
         raise _unwritable(run.folder, error) from error
 
@@ -160,8 +159,14 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 def check_new(folder: Path) -> None:
     """Refuse a folder that holds something."""
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
-        raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
+    if not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())):
+        return
+    if (folder / CONFIG).is_file() and not checkpoints(folder):
+        raise UserError(
+            f"out={str(folder)!r} is in use, by a run that ended before its first checkpoint: remove it, or give a new "
+            "folder"
+        )
+    raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
 
 
 def on_device(config: Config, processes: World | None) -> World:

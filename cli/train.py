@@ -54,6 +54,7 @@ def start_run(config: Config, processes: World | None = None) -> None:
         processes.on_main(lambda: write_folder(run))
         held.enter_context(run.writer)
         save(run)
+        run.writer.wait()  # from here on the run can be resumed
         train(run)
 
 

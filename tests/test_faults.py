@@ -186,6 +186,22 @@ def test_where_there_are_no_locks_that_is_said(tmp_path: Path, monkeypatch: pyte
         assert said == [f"{tmp_path} cannot be locked (No locks available): see that no other process trains this run"]
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(train, "save", kill)
+    with pytest.raises(Killed):
+        run_tiny(tmp_path)
+    with pytest.raises(UserError, match="is in use, by a run that ended before its first checkpoint: remove it, or"):
+        run_tiny(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint to resume"):
+        resume_run(tmp_path / "run")
+
+
 # ---- the thread that writes
 
 
