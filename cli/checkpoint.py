@@ -29,7 +29,7 @@ from .model import Llama, load_weights
 from .nested import pack, unpack
 from .progress import Progress, progress_of
 from .randomness import random_state, set_random_state
-from .record import RECORD, DamagedError, Record, check_files, read_record, write_record
+from .record import RECORD, DamagedError, Record, check_files, read_record, unread, write_record
 
 _FOLDER = "checkpoints"
 _WEIGHTS, _TENSORS = "model.safetensors", "optimizer.safetensors"
@@ -127,25 +127,32 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def newest_whole(run: Path, said: Callable[[str], None]) -> Path:
-    """Return the newest checkpoint that is as it was written, and set damaged ones beside, under another name.
+    """Return the newest checkpoint that is as it was written; give damaged ones after it another name.
 
     Args:
         said: takes one sentence for each damaged one.
 
     Raises:
-        UserError: where there is none.
+        UserError: where there is none, or one cannot be read; all stay as they are.
     """
     newest = latest_checkpoint(run)
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints(run)):
         damage = damage_of(checkpoint)
         if damage is None:
+            for path, reason in damaged.items():
+                said(f"{reason}; it is now {_set_aside(path).name}, and the checkpoint before it is used")
             return checkpoint
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-        said(f"{damage}; it is now {aside.name}, and the checkpoint before it is used")
-        with _refused(checkpoint):
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(checkpoint, aside)
-    raise UserError(f"{str(run)!r} holds no checkpoint that is whole: {newest.name} and all before it are damaged")
+        damaged[checkpoint] = damage
+    raise UserError(f"{str(run)!r} holds no checkpoint that is whole; of the newest, {damaged[newest]}")
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    with _refused(checkpoint):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+    return aside
 
 
 def weights_of(path: Path) -> Path:
@@ -265,8 +272,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             # Cloned, because those of a mapped file lie at odd addresses, and a matrix product's last bits may
             # depend on the address.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(path, getattr(error, "strerror", None) or str(error)) from error
+    except SafetensorError as error:
+        raise DamagedError(path, str(error)) from error
+    except OSError as error:
+        raise unread(path, error) from error
 
 
 def _value(checkpoint: Path, name: str, tensors: dict[str, Tensor] | None = None) -> Any:

@@ -57,7 +57,8 @@ def read_record(checkpoint: Path) -> Record:
     """Read state.json.
 
     Raises:
-        DamagedError: for a missing one, or one that is not what was written. UserError: for another format.
+        DamagedError: for a missing one, or one that is not what was written.
+        UserError: for one of another format, or that the disk does not give.
     """
     path = checkpoint / RECORD
     try:
@@ -66,7 +67,7 @@ def read_record(checkpoint: Path) -> Record:
         if version == FORMAT:
             return _decoded(content)
     except OSError as error:
-        raise DamagedError(path, str(error.strerror)) from error
+        raise unread(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(path, f"{type(error).__name__}: {str(error)[:80]}") from error
     raise UserError(f"{path} has format {version} and not {FORMAT}: use the version of relora-opt that wrote it")
@@ -76,7 +77,7 @@ def check_files(checkpoint: Path, record: Record) -> None:
     """Hold the files of a checkpoint against its record, byte for byte.
 
     Raises:
-        DamagedError: names the first one that differs.
+        DamagedError: names the first one that differs. UserError: names one that the disk does not give.
     """
     for name, (size, check) in record.files.items():
         path = checkpoint / name
@@ -87,7 +88,14 @@ def check_files(checkpoint: Path, record: Record) -> None:
             if crc32(path) != check:
                 raise DamagedError(path, "its checksum is another than when it was written")
         except OSError as error:
-            raise DamagedError(path, str(error.strerror)) from error
+            raise unread(path, error) from error
+
+
+def unread(path: Path, error: OSError) -> UserError:
+    """Return the error of a file that is missing, which is damage, or that cannot be read now, which is none."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(path, str(error.strerror))
+    return UserError(f"{path} cannot be read ({error.strerror or error}): see to its disk, or its permissions")
 
 
 def _read(path: Path) -> Any:

@@ -147,6 +147,7 @@ class Summary:
         export: the exported model; None where there is none.
         curves: the picture; None where there is none.
         next_command: what to type next.
+        skips: updates skipped, whose loss or gradient was not finite.
     """
 
     val_loss_start: float | None
@@ -165,6 +166,7 @@ class Summary:
     export: Path | None
     curves: Path | None
     next_command: str
+    skips: int = 0
 
 
 def print_summary(summary: Summary, *, console: Console) -> None:
@@ -201,6 +203,7 @@ def _summary_rows(summary: Summary) -> dict[str, str]:
         "trainable parameters": f"{summary.trainable:,} of {summary.parameters:,} ({share:.1%})",
         "optimizer state": f"{ours} ({bytes_share:.1%} of full-rank AdamW's {full_rank})",
         "trained on": f"{summary.tokens:,} tokens in {summary.updates:,} updates",
+        **({"skipped updates": f"{summary.skips:,}"} if summary.skips else {}),
         "tokens/s": f"{summary.tokens_per_second:,.0f}",
         "time": _duration(summary.seconds),
     }

@@ -199,6 +199,7 @@ def _close_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
         run=folder,
         export=export,
         curves=curves,
+        skips=progress.attempts - progress.update,
         next_command=f'relora-opt generate {folder} --prompt "The state of the union is"',
     )
     print_summary(summary, console=run.console)

@@ -556,9 +556,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path: Path) -> None
     for update in (1, 2):
         empty(save(tmp_path, trained, update) / "state.json")
     said: list[str] = []
-    with pytest.raises(UserError, match="holds no checkpoint that is whole: 00000002 and all before it are damaged"):
+    message = r"holds no checkpoint that is whole; of the newest, .*00000002.state\.json is damaged"
+    with pytest.raises(UserError, match=message):
         newest_whole(tmp_path, said.append)
-    assert len(said) == 2
+    assert not said
+    assert names(tmp_path) == ["00000001", "00000002"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is away, say: nothing is set aside for that."""
+    trained = build(3)
+    for update in (1, 2):
+        save(tmp_path, trained, update)
+
+    def away(_: Path) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(record, "crc32", away)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read \(Input/output error\): see to its disk"):
+        newest_whole(tmp_path, print)
+    assert names(tmp_path) == ["00000001", "00000002"]
 
 
 def test_a_checkpoint_of_a_later_format_is_not_called_damaged(tmp_path: Path) -> None:

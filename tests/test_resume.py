@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -228,7 +229,9 @@ def test_batches_whose_loss_is_nan_are_skipped_counted_and_not_served_again(
     """Batches 5 and 6 are spoiled; the run is killed in an attempt around them."""
     spoil_batches(monkeypatch, range(5, 7))
     whole = run_tiny(tmp_path, out=str(tmp_path / "whole"))
-    assert capsys.readouterr().out.count("update 6 skipped: loss nan or its gradient is not finite") == 2
+    said = capsys.readouterr().out
+    assert said.count("update 6 skipped: loss nan or its gradient is not finite") == 2
+    assert re.search(r"skipped updates +2\b", said)
     progress = read_progress(checkpoints(whole)[-1])
     assert (progress.update, progress.attempts, progress.skips) == (STEPS, STEPS + 2, 0)
     with pytest.raises(Killed):
