@@ -30,6 +30,7 @@ VARIANTS = {
     "tied": dataclasses.replace(TINY, tie_word_embeddings=True),
     "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True),
     "wide heads": dataclasses.replace(TINY, head_dim=10, num_key_value_heads=2),
+    "large epsilon": dataclasses.replace(TINY, rms_norm_eps=0.5),
     "linear rope": dataclasses.replace(TINY, rope_scaling=LinearRope(4.0), rope_theta=500.0),
     # wavelengths 6, 41 and 292 against boundaries 16 / 4 and 64 / 1: short, in between and long ones all occur
     "llama3 rope": dataclasses.replace(
@@ -153,6 +154,15 @@ def test_init_is_a_function_of_the_seed_alone() -> None:
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_init_draws_in_the_order_of_the_names() -> None:
+    model, generator = Llama(TINY), torch.Generator().manual_seed(5)
+    init_weights(model, seed=5)
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
+        weight = model.get_parameter(name)
+        drawn = torch.empty(weight.shape).normal_(0.0, TINY.initializer_range, generator=generator)
+        assert torch.equal(weight, drawn)
+
+
 def test_init_draws_matrices_with_the_initializer_range_and_nothing_else() -> None:
     model = Llama(dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, vocab_size=5000))
     init_weights(model, seed=0)
@@ -224,6 +234,7 @@ def test_the_papers_name_for_the_number_of_positions_is_understood(tmp_path: Pat
         ({"model_type": "gpt2"}, r"config.json has model_type='gpt2', but this Llama only knows 'llama'"),
         ({"model_type": ...}, r"model_type=None, but this Llama only knows 'llama'"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu', but this Llama only knows 'silu'"),
+        ({"pretraining_tp": 2}, r"pretraining_tp=2, but this Llama only knows 1"),
         ({"attention_dropout": 0.1}, r"attention_dropout=0.1, but this Llama only knows 0"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\}, but this Llama only knows None"),
         (
@@ -272,9 +283,10 @@ def test_a_config_is_checked_at_construction(changes: dict[str, Any], message: s
         dataclasses.replace(TINY, **changes)
 
 
-def test_llama3_scaling_needs_its_boundaries_in_order() -> None:
-    with pytest.raises(UserError, match=r"high_freq_factor=1.0 must exceed low_freq_factor=4.0"):
-        Llama3Rope(8.0, 4.0, 1.0, 64)
+@pytest.mark.parametrize("high", [1.0, 4.0])
+def test_llama3_scaling_needs_its_boundaries_in_order(high: float) -> None:
+    with pytest.raises(UserError, match=rf"high_freq_factor={high} must exceed low_freq_factor=4.0"):
+        Llama3Rope(8.0, 4.0, high, 64)
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_copied(tmp_path: Path) -> None:
