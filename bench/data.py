@@ -56,11 +56,13 @@ class Row:
     Args:
         name: whose.
         seconds: of each round.
+        cpu_seconds: that all threads worked in each round: what a busy machine does not change.
         amount: megabytes of text, or batches, in a round.
     """
 
     name: str
     seconds: list[float]
+    cpu_seconds: list[float]
     amount: float
 
     @property
@@ -95,18 +97,19 @@ def write_corpus(path: Path, megabytes: float) -> Path:
     return path
 
 
-def in_turns(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+def in_turns(contenders: dict[str, Callable[[], object]], *, rounds: int, amount: float) -> list[Row]:
     """Time contenders beside each other, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    rows = {name: Row(name, [], [], amount) for name in contenders}
     names = list(contenders)
     for number in range(rounds + 1):
         random.Random(number).shuffle(names)
         for name in names:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             contenders[name]()
             if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                rows[name].seconds.append(time.perf_counter() - start)
+                rows[name].cpu_seconds.append(time.process_time() - cpu_start)
+    return list(rows.values())
 
 
 def measure_rate(scratch: Path, tokenizer: Path, *, megabytes: float, rounds: int) -> list[Row]:
@@ -123,8 +126,7 @@ def measure_rate(scratch: Path, tokenizer: Path, *, megabytes: float, rounds: in
         "tokenizers.encode_batch_fast": lambda: alone.encode_batch_fast(texts, add_special_tokens=False),
         "relora-opt tokenize": ours,
     }
-    amount = sum(len(text.encode()) for text in texts) / 1e6
-    return [Row(name, times, amount) for name, times in in_turns(contenders, rounds=rounds).items()]
+    return in_turns(contenders, rounds=rounds, amount=sum(len(text.encode()) for text in texts) / 1e6)
 
 
 def measure_memory(scratch: Path, tokenizer: Path, megabytes: float, suffix: str) -> dict[str, Any]:
@@ -157,17 +159,20 @@ def measure_batches(corpus: Corpus, *, rounds: int) -> list[Row]:
     def read() -> None:
         held[0] = batches.batch(next(count))
 
-    times = in_turns({"a batch": read, "a step": lambda: step(held[0])}, rounds=rounds)
-    return [Row(name, seconds, 1.0) for name, seconds in times.items()]
+    return in_turns({"a batch": read, "a step": lambda: step(held[0])}, rounds=rounds, amount=1)
 
 
 def rate_table(rows: list[Row]) -> str:
-    """Return the table of rates, with the median over the rounds of the ratio to the first row's."""
-    lines = [f"{'':32} {'MB/s':>7} {'slowest, fastest':>18} {'ratio':>7}"]
+    """Return the table of rates, with the median over the rounds of the ratio to the first row's, and that of work."""
+    lines = [f"{'':32} {'MB/s':>7} {'slowest, fastest':>18} {'ratio':>7} {'MB a CPU second':>17} {'ratio':>7}"]
     for row in rows:
         ratios = [base / own for base, own in zip(rows[0].seconds, row.seconds, strict=True)]
+        of_work = [base / own for base, own in zip(rows[0].cpu_seconds, row.cpu_seconds, strict=True)]
         low, high = row.spread
-        lines.append(f"{row.name:32} {row.median:7.2f} {low:9.2f} {high:8.2f} {statistics.median(ratios):7.3f}")
+        lines.append(
+            f"{row.name:32} {row.median:7.2f} {low:9.2f} {high:8.2f} {statistics.median(ratios):7.3f} "
+            f"{row.amount / statistics.median(row.cpu_seconds):17.3f} {statistics.median(of_work):7.3f}"
+        )
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from .parts import Part
 
 VAL_SHARE = 0.05
 _SAMPLE = 64  # documents
-_HEAD = 1 << 14  # characters of each
+_HEAD = 1 << 12  # characters of each
 
 Read = Callable[[], Iterable[Part]]
 
