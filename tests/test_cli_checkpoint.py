@@ -310,8 +310,8 @@ def test_the_folder_of_a_run_that_was_removed_does_not_come_back(tmp_path: Path)
 
 
 def moments(run: Path, work: Callable[[], object]) -> list[dict[str, bytes]]:
-    """Return what a kill would leave of a run's folder, before every line of what writes."""
-    files = {module.__file__ for module in (checkpoint, disk, record)}
+    """Return what a kill would leave of a run's folder, before every line of what writes, copies or removes."""
+    files = {module.__file__ for module in (checkpoint, disk, record, shutil)}
     found: list[dict[str, bytes]] = []
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

@@ -212,14 +212,14 @@ def test_what_fails_in_the_thread_that_writes_ends_the_run_at_the_next_update(
     save = saving.save_checkpoint
 
     def fail(run: Path, taken: saving.Snapshot, **options: int) -> Path:
-        if taken.progress.update == 8:
+        if taken.progress.update == 50:
             raise UserError("the disk has melted")
         return save(run, taken, **options)
 
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     with pytest.raises(UserError, match="the disk has melted"):
-        run_tiny(tmp_path, save_every=8, steps=2000)
-    assert rows(tmp_path / "run")[-1].update < 1000
+        run_tiny(tmp_path, save_every=50, steps=200)
+    assert rows(tmp_path / "run")[-1].update < 100
     assert_whole(tmp_path / "run")
 
 
