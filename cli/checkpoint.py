@@ -269,9 +269,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            # Cloned, because those of a mapped file lie at odd addresses, and a matrix product's last bits may
-            # depend on the address.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedError(path, str(error)) from error
     except OSError as error:
