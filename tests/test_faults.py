@@ -87,6 +87,7 @@ def test_a_disk_that_runs_full_ends_the_run_with_a_sentence_and_loses_nothing(di
     assert [path.name for path in checkpoints(run)][: len(saved)] == saved
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_keep_a_run_from_being_read(disk: Path, tmp_path: Path) -> None:
     """Resuming needs room; what there is stays as it is until there is some."""
     run = run_tiny(tmp_path, out=str(disk / "run"), steps=20, keep=100)

@@ -117,7 +117,14 @@ def test_the_matrix_reaches_a_second_epoch(whole: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"base": "muon"}, {"base": "sgd"}, {"init": "gradient"}, {"prune": "random:0.9"}, {"rank": 0}],
+    [
+        {"base": "muon"},
+        {"init": "gradient"},
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ({"base": "sgd"}, {"prune": "random:0.9"}, {"rank": 0})
+        ),
+    ],
     ids=str,
 )
 def test_every_kind_of_run_goes_on_bitwise(options: dict[str, Any], tmp_path: Path) -> None:
