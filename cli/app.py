@@ -206,7 +206,7 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens in a sequence. (default: the run's, or at most 1024)")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time. (default: the run's, or 4)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time. (default: about 2048 tokens)")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Matrix products in auto, float32 or bfloat16. (default: the run's, or float32)")
     ] = None,

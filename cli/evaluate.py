@@ -29,6 +29,8 @@ from .predicted import Text, all_sequences, drawn_sequences, given_text, held_ou
 from .record import RECORD
 from .trained import RUN_CONFIG, Place, load_trained
 
+_TOKENS = 2048  # at a time, of a whole text
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -80,8 +82,9 @@ def evaluate(
         folder: a run, an export, a checkpoint, or any Hugging Face Llama with a tokenizer.json: see trained.py.
         data: sources, all of whose documents are read: see data.py. Empty means those that the model's run holds out.
         text_field: the key of the text in .jsonl lines and datasets.
-        seq_len, batch_size, dtype, num_sequences: see `Reading`. None means as in the model's run; of models that have
-            none, as in `Reading`, but in sequences no longer than the model's window.
+        seq_len, batch_size, dtype, num_sequences: see `Reading`. None means as in the model's run, but a whole text
+            some 2,048 tokens at a time; of models that have no run, as in `Reading`, but in sequences no longer than
+            the model's window.
         device: where the model computes; "auto" takes an accelerator where there is one.
         console: where progress is shown.
 
@@ -117,7 +120,10 @@ def _reading(config: Config | None, window: int, given: dict[str, Any]) -> Readi
     if config is None:
         reading = Reading(**{"seq_len": min(window, Reading.seq_len), **given})
     else:
-        own = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "dtype": config.dtype}
+        seq_len = given.get("seq_len", config.seq_len)
+        is_drawn = "num_sequences" in given  # then in the run's own batches, for its numbers to the last digit
+        size = config.micro_batch_size if is_drawn else max(1, _TOKENS // max(1, seq_len))
+        own = {"seq_len": config.seq_len, "batch_size": size, "dtype": config.dtype}
         reading = Reading(**{**own, **given})
     if reading.seq_len > window:
         raise UserError(
