@@ -32,21 +32,23 @@ def parts(blocks: Iterable[str], *, most: int = MOST_CHARACTERS) -> Iterator[Par
     """
     held, is_first = "", True
     for block in blocks:
-        held += block
-        while len(held) > most:
-            cut = _cut(held, most)
-            yield Part(held[:cut], is_last=False)
-            held, is_first = held[cut:], False
+        held, start = held + block, 0
+        while len(held) - start > most:
+            cut = _cut(held, start, most)
+            yield Part(held[start:cut], is_last=False)
+            start, is_first = cut, False
+        held = held[start:]  # once a block: at every cut, a long block would be copied over and over
     if not is_first or (held and not held.isspace()):
         yield Part(held)
 
 
-def _cut(text: str, most: int) -> int:
-    """Return where to cut a text of more than `most` characters, at 1 to `most`."""
-    space = text.rfind(" ", 1, most)
+def _cut(text: str, start: int, most: int) -> int:
+    """Return where to cut a text of more than `most` characters from `start`, 1 to `most` after it."""
+    least, end = start + 1, start + most
+    space = text.rfind(" ", least, end)
     while space > 0:
         if text[space - 1].isalpha() and text[space + 1].isalpha():
             return space
-        space = text.rfind(" ", 1, space)
-    white = max(text.rfind(character, 1, most) for character in " \n\t")
-    return white if white > 0 else most
+        space = text.rfind(" ", least, space)
+    white = max(text.rfind(character, least, end) for character in " \n\t")
+    return white if white > 0 else end

@@ -17,7 +17,10 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +70,30 @@ class NamedDataset:
     def _rows(self) -> Any:
         try:
             with quiet_datasets() as datasets:
-                return datasets.load_dataset(self.name, self.config, split=self.split)
+                if self.name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+                    raise ValueError("that names a kind of file; a folder of that name is ./" + self.name)
+                if not os.path.isdir(self.name):
+                    return datasets.load_dataset(self.name, self.config, split=self.split)
+                folder = _scratch_folder(self, datasets.config.HF_DATASETS_CACHE)
+                return datasets.load_dataset(self.name, self.config, split=self.split, cache_dir=folder)
         except Exception as error:  # offline, unknown, private, in need of a configuration: all alike to the user
             reason = " ".join(str(error).split())
             raise UserError(
                 f"data={self.name!r}, configuration {self.config!r}, split {self.split!r}, is neither on disk nor a "
                 f"dataset that could be loaded ({reason}): correct the path or NAME:CONFIG:SPLIT, or give files"
             ) from error
+
+
+def _scratch_folder(owner: NamedDataset, place: str | os.PathLike[str]) -> str:
+    """Return a new folder in a place, removed when its owner or the process ends.
+
+    The cache of `datasets` knows local files by path and date: of a file that changed under its old date it would give
+    the old text.
+    """
+    os.makedirs(place, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="relora-opt-", dir=place)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 Source = TextFile | NamedDataset

@@ -1,5 +1,6 @@
 """What `--data` names is found and read as it stands, and whatever is wrong with it is one sentence that says where."""
 
+import gc
 import gzip
 import importlib.util
 import json
@@ -349,6 +350,33 @@ def test_a_local_dataset_has_configurations_and_splits_and_its_code_is_not_run(
         read(f"{folder}:en")
 
 
+def test_a_local_dataset_that_changed_under_its_old_date_is_read_anew_and_no_copy_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = Path(local_dataset(tmp_path / "set")) / "en" / "train.jsonl"
+    before, raw = file.stat(), file.read_bytes()
+    assert read(f"{tmp_path}/set:en")[0] == "en train 0"
+    file.write_bytes(raw.replace(b"train", b"TRAIN"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(f"{tmp_path}/set:en")[0] == "en TRAIN 0"
+    gc.collect()
+    assert not list((tmp_path / "cache").glob("relora-opt-*"))
+
+
+@pytest.mark.parametrize("name", ["text", "json", "parquet"])
+def test_a_kind_of_file_does_not_stand_for_whatever_lies_in_the_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "A")
+    with pytest.raises(
+        UserError,
+        match=rf"^data='{name}', .*\(that names a kind of file; a folder of that name is \./{name}\): correct the",
+    ):
+        read(name)
+
+
 def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\n   to the hub")
@@ -406,3 +434,28 @@ def test_a_document_is_cut_between_words_where_there_are_any() -> None:
     assert [part.text for part in parts(["one two. Three four\nfive"], most=15)] == ["one two. Three", " four\nfive"]
     assert [part.text for part in parts(["1234 5678 90"], most=7)] == ["1234", " 5678", " 90"]
     assert [part.text for part in parts(["漢字漢字漢字"], most=4)] == ["漢字漢字", "漢字"]
+
+
+class Counted(str):
+    """A text that counts the characters that are copied where pieces of it are taken."""
+
+    num_copied = 0
+
+    def __getitem__(self, index: Any) -> str:
+        taken = Counted(super().__getitem__(index))
+        Counted.num_copied += len(taken)
+        return taken
+
+    def __radd__(self, other: str) -> str:
+        return Counted(str(other) + str(self))
+
+
+@pytest.mark.parametrize("most", [10, 100])
+def test_a_block_is_copied_a_fixed_number_of_times_however_many_parts_it_makes(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Counted("one two three " * 1000)
+    monkeypatch.setattr(Counted, "num_copied", 0)
+    made = list(parts([text], most=most))
+    assert len(made) > len(text) / most
+    assert len(text) <= Counted.num_copied < 4 * len(text)  # the parts, and one character or two at each try for a cut
