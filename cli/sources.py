@@ -1,6 +1,6 @@
 """What `--data` names: files, folders, patterns of files, and datasets for the library `datasets`.
 
-    texts/            all files below it of the kinds in formats.py, sorted by path
+    texts/            all files below it of the kinds in formats.py, sorted by path; links are followed
     'texts/*.jsonl'   the files that the pattern matches, sorted; ** stands for folders
     a.parquet         that file
     NAME              the split "train" of a dataset
@@ -12,7 +12,6 @@ A dataset may lie in a folder of this machine too (./folder:CONFIG:SPLIT). No co
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import logging
 import os
@@ -31,6 +30,7 @@ from typing import Any
 from .config import UserError
 from .formats import KINDS, check_column, kind_of, read_column, read_file
 from .parts import Part
+from .tree import files_below, files_matching
 
 _NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _CHOICE = re.compile(r"(?P<config>(\w[\w.+-]*)?)(:(?P<split>[\w.+:%\[\]-]*))?")
@@ -142,7 +142,7 @@ def _dataset(name: str) -> NamedDataset | None:
 
 
 def _folder(path: Path) -> list[Source]:
-    files = sorted(file for file in path.rglob("*") if kind_of(file) and file.is_file())
+    files = sorted(file for file in files_below(path) if kind_of(file))
     if not files:
         raise UserError(f"data={str(path)!r} is a folder without {', '.join(KINDS)} files: give one that has some")
     return [TextFile(file) for file in files]
@@ -150,7 +150,9 @@ def _folder(path: Path) -> list[Source]:
 
 def _matches(pattern: str) -> list[Source]:
     try:
-        files = sorted(Path(path) for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path))
+        files = sorted(files_matching(pattern))
+    except UserError:
+        raise
     except (ValueError, re.error) as error:
         raise UserError(f"data={pattern!r} is no pattern ({error}): give one that matches files") from error
     if not files:

@@ -89,6 +89,52 @@ def test_patterns_stand_for_the_files_that_they_match(tmp_path: Path, offline: N
         read(f"{tmp_path}/c*")
 
 
+@pytest.mark.parametrize("pattern", ["texts", "texts/**/*.txt", "../HERE/texts/**"])
+def test_links_are_followed_and_not_gone_round(
+    pattern: str, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "texts" / "a" / "a.txt", "A")
+    write(tmp_path / "else" / "b.txt", "B")
+    write(tmp_path / "c.txt", "C")
+    (tmp_path / "texts" / "b").symlink_to(tmp_path / "else")
+    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "c.txt")
+    (tmp_path / "else" / "itself").symlink_to(".")
+    (tmp_path / "texts" / "a" / "up").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    assert read(pattern.replace("HERE", tmp_path.name)) == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("pattern", ["texts", "texts/**/*.txt", "texts/*/*.txt"])
+def test_what_cannot_be_looked_into_is_refused(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "texts" / "a" / "a.txt", "A")
+    write(tmp_path / "texts" / "b" / "b.txt", "B")
+    monkeypatch.chdir(tmp_path)
+    access = os.access
+    with monkeypatch.context() as patch:  # of the superuser, nothing can be kept
+        patch.setattr(os, "access", lambda path, mode: Path(path).name != "b" and access(path, mode))
+        with pytest.raises(UserError, match=r"^data='texts/b/?' cannot be read \(Permission denied\): allow that, or"):
+            read(pattern)
+    assert read(pattern) == ["A", "B"]
+    (tmp_path / "texts" / "a" / "c.txt").symlink_to("gone")
+    with pytest.raises(UserError, match=r"^data='texts/a/c\.txt' is a link to nothing: mend or remove it$"):
+        read(pattern)
+
+
+def test_a_folder_that_fails_while_it_is_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a" / "a.txt", "A")
+    write(tmp_path / "b.txt", "B")
+    scan = os.scandir
+
+    def fail(path: str) -> Any:
+        if str(path).endswith("a"):
+            raise OSError(5, "Input/output error", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(UserError, match=r"/a' cannot be read \(Input/output error\): allow that, or give names"):
+        read(str(tmp_path))
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", "\ufeffhel\ufefflo")) == ["hel\ufefflo"]
     assert read(write(tmp_path / "a.jsonl", '\ufeff{"text": "hello"}')) == ["hello"]
