@@ -47,7 +47,8 @@ from .tokens import (
 class Corpus:
     """A tokenized text: two packed streams of token ids, the tokenizer, and how many documents went into each.
 
-    `fingerprint` is what both streams hold, as a hexadecimal digest; `num_val_bytes` is of the held-out text, as UTF-8.
+    `fingerprint` is what both streams hold: a hexadecimal digest of one after the other, and how many tokens the first
+    has. `num_val_bytes` is of the held-out text, as UTF-8.
     """
 
     train: Stream
@@ -66,6 +67,10 @@ class Corpus:
     def vocab_size(self) -> int:
         """The smallest number of embeddings that serves every id: the tokenizer's, not the one asked for."""
         return vocabulary_size(self.tokenizer)
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Tell whether a fingerprint is this corpus's; runs that were begun earlier have the digest alone."""
+        return fingerprint in (self.fingerprint, self.fingerprint.partition("-")[0])
 
 
 @dataclass(frozen=True)
@@ -301,7 +306,7 @@ def _read_corpus(folder: Path, tokenizer: Tokenizer) -> tuple[Corpus, str]:
         num_train_documents=manifest.num_train_documents,
         num_val_documents=manifest.num_val_documents,
         num_val_bytes=manifest.num_val_bytes,
-        fingerprint=manifest.fingerprint,
+        fingerprint=f"{manifest.fingerprint}-{manifest.num_train}",
     )
     return corpus, manifest.key
 

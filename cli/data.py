@@ -1,6 +1,7 @@
 """From sources to batches: documents are read, split, tokenized into two streams, and cut into sequences.
 
-    sources.py, formats.py   what there is to read       split.py      which documents are held out
+    sources.py, tree.py,
+    formats.py               what there is to read       split.py      which documents are held out
     tokens.py                the tokenizer               encoding.py   text to ids, on all cores
     store.py                 the streams, on the disk    corpus.py     all of that, in order
     here                     sequences and batches

@@ -55,14 +55,14 @@ def last_entry(folder: Path, key: str) -> Entry | None:
     """Return the last entry of a store's journal; None where there is none, or the journal is another store's."""
     header, *lines = _lines(folder)
     for line in reversed(lines if header == _header(key) else []):
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             return _entry(json.loads(line))
     return None
 
 
 def key_of_journal(folder: Path) -> str | None:
     """Return the key of the store whose journal lies in a folder; None where none does."""
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(_lines(folder)[0])["key"])
     return None
 

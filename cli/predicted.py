@@ -72,7 +72,7 @@ def held_out_text(run: Path, config: Config, *, fingerprint: str | None, pace: P
         corpus = prepare(config.data, settings, seq_len=config.seq_len, pace=pace)
     except UserError as error:
         raise UserError(f"the texts of {run} cannot be had: {error}; or give others with --data") from error
-    if fingerprint not in (None, corpus.fingerprint):
+    if fingerprint is not None and not corpus.is_known_as(fingerprint):
         raise UserError(
             f"the texts are not those that {run} was trained on (data={list(config.data)}): restore them, or "
             "give --data"

@@ -67,7 +67,7 @@ def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
     run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
     run.progress = replace(read_progress(checkpoint), is_finished=False)
     load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
-    if run.progress.corpus != run.corpus.fingerprint:
+    if not run.corpus.is_known_as(run.progress.corpus):
         raise UserError(
             f"the texts are not those that {config.out} was trained on (data={list(config.data)}): restore them, or "
             "start a new run with --init-from"

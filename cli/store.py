@@ -2,7 +2,8 @@
 
     train.bin, val.bin   token ids, uint16 or uint32, little-endian, in one sequence each
     tokenizer.json       what made them
-    corpus.json          what they are: written last (store_writer.py), so that a folder with it is whole
+    corpus.json          what they are, and a digest of that: written last (store_writer.py), so that a folder with it
+                         is whole
 
 Opening one looks at every byte: a store is whole and unchanged, or it is refused. After that the files may be removed,
 but must not be changed in place.
@@ -16,7 +17,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
 
@@ -28,7 +29,8 @@ from .config import UserError
 Stream = npt.NDArray[np.integer[Any]]
 SIDES = ("train", "val")
 TOKENIZER, MANIFEST = "tokenizer.json", "corpus.json"
-FORMAT = 1
+FORMAT = 2
+_DIGEST = "digest"  # in corpus.json, of everything else there
 _BLOCK = 1 << 22
 
 
@@ -61,6 +63,11 @@ class Manifest:
     @property
     def dtype(self) -> np.dtype[Any]:
         return id_dtype(self.vocab_size)
+
+    def to_json(self) -> str:
+        """Return the contents of corpus.json."""
+        content = asdict(self)
+        return json.dumps({**content, _DIGEST: _digest(content)}, indent=2) + "\n"
 
 
 class DamagedError(ValueError):
@@ -115,15 +122,24 @@ def check_mapped(stream: Stream) -> None:
 
 def _read_manifest(folder: Path) -> Manifest:
     try:
-        manifest = Manifest(**json.loads(read_small(folder / MANIFEST)))
-    except (ValueError, TypeError) as error:
+        content = dict(json.loads(read_small(folder / MANIFEST)))
+        if content.get("format") != FORMAT:
+            raise DamagedError(f"{MANIFEST} has format={content.get('format')!r:.50} and not {FORMAT}")
+        if content.pop(_DIGEST, None) != _digest(content):
+            raise DamagedError(f"{MANIFEST} was changed")
+        manifest = Manifest(**content)
+    except DamagedError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST}: {error}") from error
     for name, kind in get_type_hints(Manifest).items():
         if type(getattr(manifest, name)) is not kind:
             raise DamagedError(f"{MANIFEST} has {name}={getattr(manifest, name)!r:.50}")
-    if manifest.format != FORMAT:
-        raise DamagedError(f"{MANIFEST} has format={manifest.format} and not {FORMAT}")
     return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> Stream:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,7 +95,7 @@ class StoreWriter:
     def finish(self) -> None:
         """Write the manifest: the store is whole."""
         self.flush()
-        write_file(self._folder / MANIFEST, (json.dumps(asdict(self._manifest()), indent=2) + "\n").encode())
+        write_file(self._folder / MANIFEST, self._manifest().to_json().encode())
         for side in SIDES:
             self._stream(side).chmod(0o444)  # a run that has mapped it would not survive a change
         (self._folder / JOURNAL).unlink()

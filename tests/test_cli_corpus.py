@@ -1,6 +1,7 @@
 """A store holds what its texts give, is found again by them alone, survives whatever stops it, and is never stale."""
 
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -285,7 +286,8 @@ def test_a_damaged_store_is_made_again_in_the_cache_and_refused_elsewhere(
         ("num_train", 3),
         ("num_train", -1),
         ("num_val", "9"),
-        ("format", 2),
+        ("format", 1),
+        ("format", [2]),
         ("fingerprint", None),
         ("more", 1),
         ("num_val_documents", True),
@@ -299,6 +301,39 @@ def test_a_manifest_that_does_not_fit_is_refused(field: str, value: Any, tmp_pat
     (place / "corpus.json").write_text(json.dumps({**manifest, field: value}))
     with pytest.raises(UserError, match=r"is damaged \(.*\): delete the folder and tokenize again"):
         prepare([str(place)], Settings(), seq_len=16)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_val_bytes", "num_val_documents", "num_train_documents", "num_train_bytes", "key"]
+)
+def test_a_number_that_was_changed_in_a_manifest_is_noticed(name: str, tmp_path: Path) -> None:
+    made(tmp_path)
+    (place,) = stores(tmp_path)
+    manifest = json.loads((place / "corpus.json").read_text())
+    changed = {**manifest, name: manifest[name] * 2}
+    (place / "corpus.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"is damaged \(corpus\.json was changed\): delete the folder and tokenize"):
+        prepare([str(place)], Settings(), seq_len=16)
+    (place / "corpus.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"is damaged \(corpus\.json: .*\): delete the folder and tokenize"):
+        prepare([str(place)], Settings(), seq_len=16)
+
+
+def test_a_fingerprint_says_where_the_held_out_stream_begins_and_knows_those_that_did_not(tmp_path: Path) -> None:
+    corpora = []
+    for end in (20, 21):
+        ids = {"train": np.full(end, 7, np.uint16), "val": np.full(60 - end, 7, np.uint16)}
+        (tmp_path / str(end)).mkdir()
+        with StoreWriter(tmp_path / str(end), "key", TOKENIZER.to_str(), vocab_size=300) as store:
+            store.append(Encoded(encoding.Piece([]), ids, {"train": 1, "val": 1}, {"train": 1, "val": 1}))
+            store.finish()
+        corpora.append(prepare([str(tmp_path / str(end))], Settings(), seq_len=16))
+    first, other = corpora
+    old = hashlib.sha256(np.full(60, 7, np.uint16).tobytes()).hexdigest()
+    assert first.is_known_as(first.fingerprint)
+    assert first.is_known_as(old)
+    assert not first.is_known_as(other.fingerprint)
+    assert not first.is_known_as("")
 
 
 def test_ids_beyond_the_vocabulary_are_refused_even_with_the_right_checksum(tmp_path: Path) -> None:
