@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -25,8 +26,32 @@ LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+@dataclass(frozen=True)
+class Lock:
+    """The lock of a run's folder, as it is held."""
+
+    path: Path
+    file: IO[str]
+
+    def check(self) -> None:
+        """Refuse to go on where the file that is held is not the one in the folder any more.
+
+        Raises:
+            UserError: the folder was removed, or another run has taken its place.
+        """
+        try:
+            is_ours = os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"{self.path} is not the one that this run holds: the folder, or the lock alone, was removed or "
+                "replaced, and nothing more is written there"
+            )
+
+
 @contextmanager
-def locked(folder: Path, said: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, said: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of a run's folder.
 
     Args:
@@ -44,7 +69,7 @@ def locked(folder: Path, said: Callable[[str], None]) -> Iterator[None]:
         if fcntl is not None:
             _lock(file, folder, said)
             _sign(file)
-        yield
+        yield Lock(path, file)
 
 
 def _lock(file: IO[str], folder: Path, said: Callable[[str], None]) -> None:

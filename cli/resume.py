@@ -30,6 +30,20 @@ def config_of(folder: Path) -> Config:
     return replace(resolve(options), out=str(folder))
 
 
+def in_place(folder: Path, config: Config) -> Config:
+    """Return the settings with the run's own folder, however it is spelled.
+
+    Raises:
+        UserError: for another folder; what is in it would be lost.
+    """
+    if Path(config.out).resolve() != folder.resolve():
+        raise UserError(
+            f"out={config.out!r} is not resume={str(folder)!r}: a run goes on in its own folder; leave out away, or "
+            "copy the folder first and resume the copy"
+        )
+    return replace(config, out=str(folder))
+
+
 def config_at(checkpoint: Path, told: Config) -> Config:
     """Read the settings with which a checkpoint was made; one of format 1 does not say, and had what its run is told.
 
@@ -66,6 +80,7 @@ def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
     shape = load_config(Path(config.out) / MODEL_CONFIG)
     run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
     run.progress = replace(read_progress(checkpoint), is_finished=False)
+    run.saved = run.progress.update
     load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
     if not run.corpus.is_known_as(run.progress.corpus):
         raise UserError(

@@ -32,7 +32,7 @@ from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .disk import write_file
 from .export import MODEL_CONFIG, TOKENIZER
-from .lock import LOCK, locked
+from .lock import LOCK, Lock, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights
@@ -60,10 +60,17 @@ class Run:
     processes: World
     writer: Writer = field(default_factory=Writer)  # of checkpoints
     unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
+    lock: Lock | None = None  # of the folder; the main process holds it
+    saved: int | None = None  # update of the checkpoint that this run has written last, or was restored from
 
     @property
     def is_sharded(self) -> bool:
         return _is_sharded(self.config, self.processes)
+
+    def check_folder(self) -> None:
+        """Refuse to write where the folder is another run's by now."""
+        if self.lock is not None:
+            self.lock.check()
 
 
 def new_run(config: Config, processes: World) -> Run:
@@ -120,7 +127,7 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[Lock]:
     """Make a run's folder, and hold its lock.
 
     Raises:
@@ -130,9 +137,9 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    with locked(folder, partial(say, World())):
+    with locked(folder, partial(say, World())) as lock:
         check_new(folder)
-        yield
+        yield lock
 
 
 def write_folder(run: Run) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from .checkpoint import Snapshot, checkpoint_of, save_checkpoint, save_progress, snapshot
-from .config import Config
+from .config import Config, UserError
 from .disk import flushed
 from .model import Llama
 from .run import METRICS, Run
@@ -24,10 +24,11 @@ def save(run: Run) -> None:
 
 
 def save_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
-    """Begin to write a checkpoint; where this update has one already, its progress alone is written, at once."""
+    """Begin to write a checkpoint; where the run has one of this update, its progress alone is written, at once."""
     config, folder = run.config, checkpoint_of(run.folder, run.progress.update)
     run.writer.wait()  # one copy in memory at a time
-    if folder.is_dir():
+    if run.saved == run.progress.update and folder.is_dir():
+        run.check_folder()
         save_progress(folder, run.progress, _options(config))
         return
     taken = snapshot(model, state, run.progress, _options(config))
@@ -39,10 +40,15 @@ def _options(config: Config) -> dict[str, Any]:
 
 
 def _write(run: Run, taken: Snapshot) -> None:
+    run.check_folder()
     metrics = run.folder / METRICS
-    if metrics.exists():
-        flushed(metrics)  # a power cut leaves no checkpoint without its rows
+    try:
+        if metrics.exists():
+            flushed(metrics)  # a power cut leaves no checkpoint without its rows
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be written: {error.strerror or error}") from error
     save_checkpoint(run.folder, taken, keep=run.config.keep, keep_every=run.config.keep_every)
+    run.saved = taken.progress.update
 
 
 def gathered(run: Run) -> tuple[Llama, dict[str, Any]]:

@@ -19,7 +19,9 @@ class Interrupts:
         KeyboardInterrupt: wherever the program is, at the second Ctrl-C.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: World) -> None:
+        self._processes = processes
+        self._echo = _ECHO if processes.size > 1 else 0.0
         self._number = 0
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -33,15 +35,15 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, processes: World) -> int:
+    def agreed(self) -> int:
         """Return the signal that any process has received, SIGTERM before SIGINT; 0 for none: all must call."""
         numbers = (signal.SIGTERM, signal.SIGINT)
-        counts = processes.sum(*(float(self._number == number) for number in numbers))
+        counts = self._processes.sum(*(float(self._number == number) for number in numbers))
         return next((int(number) for number, count in zip(numbers, counts, strict=True) if count), 0)
 
     def _stop(self, number: int, _: object) -> None:
         now = time.monotonic()
-        if self._number and number == signal.SIGINT and now - self._since > _ECHO:
+        if self._number and number == signal.SIGINT and now - self._since >= self._echo:
             raise KeyboardInterrupt
         if not self._number:
             self._number, self._since = number, now

@@ -35,7 +35,7 @@ from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
 from .plot import plot_runs
 from .report import Summary, View, print_summary
-from .resume import config_at, config_of, cut_metrics, first_update, main_checkpoint, restored_run
+from .resume import config_at, config_of, cut_metrics, first_update, in_place, main_checkpoint, restored_run
 from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
 from .saving import gathered, save, save_on_main
 from .signals import Interrupts
@@ -50,7 +50,7 @@ def start_run(config: Config, processes: World | None = None) -> None:
     processes.on_main(lambda: check_new(Path(out)))
     run = new_run(config, processes)
     with ExitStack() as held:
-        processes.on_main(lambda: held.enter_context(claimed(run.folder)))
+        run.lock = processes.on_main(lambda: held.enter_context(claimed(run.folder)))
         processes.on_main(lambda: write_folder(run))
         held.enter_context(run.writer)
         save(run)
@@ -65,11 +65,11 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         options: settings to change (see changes.py). processes: as in `start_run`.
     """
     told = config_of(folder)
-    config = changed(told, options or {})
+    config = in_place(folder, changed(told, options or {}))
     processes = on_device(config, processes)
     processes.on_main(lambda: latest_checkpoint(folder))  # a folder without one stays as it is
     with ExitStack() as held:
-        processes.on_main(lambda: held.enter_context(locked(folder, partial(say, processes))))
+        lock = processes.on_main(lambda: held.enter_context(locked(folder, partial(say, processes))))
         checkpoint = main_checkpoint(folder, processes)
         progress = read_progress(checkpoint)
         processes.check_alike(
@@ -84,6 +84,7 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
             return
         processes.on_main(lambda: check_logs(config.log))
         run = restored_run(config, checkpoint, processes)
+        run.lock = lock
         run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
         processes.on_main(lambda: write_config(run))
         held.enter_context(run.writer)
@@ -108,7 +109,7 @@ def _train(run: Run) -> None:
     with (
         closing(_open_logs(run)) as log,
         View(run.config.steps, console=run.console) as view,
-        Interrupts() as interrupts,
+        Interrupts(run.processes) as interrupts,
         _metrics_file(run) as metrics,
     ):
         loop = Loop(run, view, metrics, log)
@@ -133,13 +134,14 @@ def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
         loop.attempt()
         run.writer.check()  # a disk that is full ends the run now, not at the next save
         is_last = optimizer.num_updates == config.steps
-        number = interrupts.agreed(run.processes)
+        number = interrupts.agreed()
         if optimizer.num_updates % config.save_every == 0 or is_last or number:
             save(run)
         if number and not is_last:
             run.writer.wait()
             run.processes.on_main(lambda: loop.view.say(f"stopped; {_how_to_go_on(run)}"))
             raise SystemExit(128 + number)
+    run.processes.on_main(run.writer.wait)  # the last checkpoint is whole before a Ctrl-C ends the run at once
 
 
 def _save_what_is_left(run: Run, loop: Loop) -> int:
@@ -176,6 +178,7 @@ def _close(run: Run) -> None:
 
 def _close_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
     config, folder, progress = run.config, run.folder, run.progress
+    run.check_folder()
     shutil.rmtree(folder / "export", ignore_errors=True)  # of a run that was killed right here
     export = write_export(model, run.corpus.tokenizer, folder / "export")
     curves = plot_runs([folder], None)

@@ -135,7 +135,7 @@ def test_a_run_whose_folder_vanishes_ends_with_a_sentence_and_does_not_make_it_a
             shutil.rmtree(self.run.folder)
 
     monkeypatch.setattr(Loop, "attempt", vanish)
-    with pytest.raises(UserError, match=r"could not be written: the folder .*run is gone"):
+    with pytest.raises(UserError, match=r"run.lock is not the one that this run holds"):
         run_tiny(tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -221,6 +221,16 @@ def test_what_fails_in_the_thread_that_writes_ends_the_run_at_the_next_update(
     with pytest.raises(UserError, match="the disk has melted"):
         run_tiny(tmp_path, save_every=50, steps=200)
     assert rows(tmp_path / "run")[-1].update < 100
+    assert_whole(tmp_path / "run")
+
+
+def test_metrics_that_the_disk_refuses_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(lock.errno.EIO, os.strerror(lock.errno.EIO))
+
+    monkeypatch.setattr(saving, "flushed", refuse)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Input/output error"):
+        run_tiny(tmp_path)
     assert_whole(tmp_path / "run")
 
 

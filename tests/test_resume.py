@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from relora_opt_cli import train
+from relora_opt_cli import saving, train
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress
 from relora_opt_cli.config import UserError, load_config_file
 from relora_opt_cli.loop import Loop
+from relora_opt_cli.parallel import World
 from relora_opt_cli.record import read_record
+from relora_opt_cli.signals import Interrupts
 from relora_opt_cli.train import resume_run
 from tiny import CYCLE, STEPS, WARM_START, end_of, rows
 from tiny import train as run_tiny
@@ -167,10 +170,8 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("relora_opt_cli.signals._ECHO", 0.0)
-
     def twice() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -185,17 +186,40 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
     assert end_of(run) == end_of(whole)
 
 
-def test_an_echo_of_an_interrupt_is_no_second_one(tmp_path: Path) -> None:
-    """torchrun hands on to its processes what the terminal has sent them already."""
-
-    def twice() -> None:
-        for _ in range(2):
+def test_an_echo_of_an_interrupt_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun hands on to its processes what the terminal has sent them already; to one alone nobody does."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Interrupts(World(size=2)):
+        for now[0] in (100.0, 100.0, 100.4):
+            os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 100.6
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as end:
-        interrupted(tmp_path, 3, twice)
+
+def test_an_interrupt_after_the_last_update_leaves_its_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However long the last checkpoint takes to write."""
+    save = saving.save_checkpoint
+
+    def slowly(run: Path, taken: saving.Snapshot, **options: Any) -> Path:
+        time.sleep(0.5 * (taken.progress.update == STEPS))
+        return save(run, taken, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_checkpoint", slowly)
+        patch.setattr(train, "write_export", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit) as end:
+            run_tiny(tmp_path)
+    run = tmp_path / "run"
+    assert int(checkpoints(run)[-1].name) == STEPS
     assert end.value.code == 130
-    assert int(checkpoints(tmp_path / "run")[-1].name) == 2
+    assert f"aborted; to go on: relora-opt pretrain --resume {run}" in capsys.readouterr().out
+    resume_run(run)
+    assert rows(run) == rows(whole)
+    assert end_of(run) == end_of(whole)
 
 
 def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(tmp_path: Path) -> None:
@@ -273,6 +297,55 @@ def test_rows_beyond_the_restored_update_are_cut(whole: Path, tmp_path: Path) ->
         file.write('{"update": 11, "tok')  # torn by the kill
     resumed_and_killed(run, 1)
     assert rows(run) == rows(whole)[:9]
+
+
+# ---- folders
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_a_run_goes_on_in_its_own_folder_alone(whole: Path, tmp_path: Path) -> None:
+    run = part_of(whole, tmp_path)
+    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"out='.*other' is not resume='.*run': a run goes on in its own folder"):
+        resume_run(run, {"out": str(other)})
+    with pytest.raises(UserError, match=r"out='.*new' is not resume='.*run'"):
+        resume_run(run, {"out": str(tmp_path / "new")})
+    assert files_of(tmp_path) == before
+    resume_run(run, {"out": f"{run}/../run"})
+    assert end_of(run) == end_of(whole)
+    assert files_of(other) == {path: data for path, data in before.items() if other in path.parents}
+    assert load_config_file(run / "config.toml")["out"] == str(run)
+
+
+def test_a_checkpoint_that_another_run_has_written_is_not_taken_for_this_one_s(whole: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "run" / "checkpoints" / "00000003"
+    foreign = whole / "checkpoints" / "00000003"
+    with pytest.raises(UserError, match=r"checkpoint .*00000003 could not be written: .*Directory not empty"):
+        interrupted(tmp_path, 2 * 2 + 1, lambda: shutil.copytree(foreign, theirs))
+    assert {path.name: data for path, data in files_of(theirs).items()} == {
+        path.name: data for path, data in files_of(foreign).items()
+    }
+
+
+@pytest.mark.parametrize(("micro_batch", "save_every"), [(9, 8), (2 * STEPS, 100)])
+def test_a_run_whose_folder_was_replaced_leaves_the_new_one_alone(
+    micro_batch: int, save_every: int, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def replaced() -> None:
+        shutil.rmtree(run)
+        shutil.copytree(whole, run)
+
+    with pytest.raises(UserError, match=r"lock is not the one that this run holds: the folder, or the lock"):
+        interrupted(tmp_path, micro_batch, replaced, keep=1, save_every=save_every)
+    assert {path.relative_to(run): data for path, data in files_of(run).items()} == {
+        path.relative_to(whole): data for path, data in files_of(whole).items()
+    }
 
 
 # ---- settings that changed
