@@ -29,10 +29,9 @@ from .model import Llama, load_weights
 from .nested import pack, unpack
 from .progress import Progress, progress_of
 from .randomness import random_state, set_random_state
-from .record import RECORD, DamagedError, Record, check_files, read_record, unread, write_record
+from .record import RECORD, TENSORS, WEIGHTS, DamagedError, Record, check_files, read_record, unread, write_record
 
 _FOLDER = "checkpoints"
-_WEIGHTS, _TENSORS = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def save_checkpoint(run: Path, taken: Snapshot, *, keep: int, keep_every: int | 
 
 def write_all_but_weights(checkpoint: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Make a checkpoint of a folder that has the weights."""
-    _write_tensors(tensors, checkpoint / _TENSORS)
-    files = {name: flushed(checkpoint / name) for name in (_WEIGHTS, _TENSORS)}
+    _write_tensors(tensors, checkpoint / TENSORS)
+    files = {name: flushed(checkpoint / name) for name in (WEIGHTS, TENSORS)}
     write_record(checkpoint, Record(files, values))
 
 
@@ -225,7 +224,7 @@ def load_state(checkpoint: Path, optimizer: Loadable) -> None:
     Raises:
         UserError: for a damaged file or a state that does not fit.
     """
-    path = checkpoint / _TENSORS
+    path = checkpoint / TENSORS
     tensors = _read_tensors(path)
     remedy = f"delete the folder {checkpoint} to go on from an earlier one"
     try:
@@ -251,7 +250,7 @@ def _refused(checkpoint: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, taken: Snapshot) -> None:
-    _write_tensors(taken.weights, folder / _WEIGHTS)
+    _write_tensors(taken.weights, folder / WEIGHTS)
     write_all_but_weights(folder, taken.values, taken.tensors)
 
 

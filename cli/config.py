@@ -296,6 +296,8 @@ def _steps_of(tokens: int, per_update: int) -> int:
 
 
 def _check(config: Config) -> None:
+    for name in FIELDS:
+        _check_text(name, getattr(config, name))
     for name in _POSITIVE_COUNTS:
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be a whole number of at least 1")
@@ -346,6 +348,16 @@ def _check(config: Config) -> None:
     if config.vocab_size is not None and config.vocab_size < 257:
         raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
     parse_prune(config.prune)
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Refuse what config.toml cannot say: a path of bytes that are no UTF-8 comes as text with surrogates."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{name}={text!r} is not UTF-8: rename the file or folder") from error
 
 
 def _check_cycles(config: Config) -> None:

@@ -58,7 +58,7 @@ def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | 
         for file, content in _json_files(model, tokenizer, name).items():
             (partial / file).write_text(json.dumps(content, indent=2) + "\n")
         save_merged(model, partial / "model.safetensors", DTYPES[name])
-        tokenizer.save(str(partial / TOKENIZER))
+        (partial / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         os.replace(partial, out)
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error

@@ -32,7 +32,7 @@ class Listed:
 
 
 def list_checkpoints(run: Path) -> list[Listed]:
-    """Verify a run's checkpoints, oldest first.
+    """Verify a run's checkpoints, oldest first; what a running run removes meanwhile is left out.
 
     Raises:
         UserError: where there are none.
@@ -40,7 +40,7 @@ def list_checkpoints(run: Path) -> list[Listed]:
     found = checkpoints(run)
     if not found:
         raise UserError(f"{str(run)!r} holds no checkpoint: give the folder of a run that has saved one")
-    return [_listed(path) for path in found]
+    return [line for line in map(_listed, found) if line is not None]
 
 
 def print_checkpoints(listed: list[Listed], *, console: Console) -> None:
@@ -55,13 +55,14 @@ def print_checkpoints(listed: list[Listed], *, console: Console) -> None:
     console.print(table)
 
 
-def _listed(checkpoint: Path) -> Listed:
-    size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
+def _listed(checkpoint: Path) -> Listed | None:
+    val_loss = damage = None
     try:
+        size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
         damage = damage_of(checkpoint)
+        val_loss = read_progress(checkpoint).val_loss if damage is None else None
+    except FileNotFoundError:
+        return None
     except UserError as error:  # of another format
         damage = str(error)
-    val_loss = None
-    if damage is None:
-        val_loss = read_progress(checkpoint).val_loss
-    return Listed(int(checkpoint.name), val_loss, size, damage)
+    return Listed(int(checkpoint.name), val_loss, size, damage) if checkpoint.exists() else None

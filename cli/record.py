@@ -5,7 +5,8 @@
      "values": {"progress": ..., "config": ..., "optimizer": ..., "random": ...},     as nested.py spells them
      "crc32": 3405691582}                                                             of all the above
 
-A checkpoint whose record is right and whose files agree with it is whole.
+A checkpoint whose record is right and whose files agree with it is whole. Any format is to have its checksum in this
+way, so that a damaged record is not taken for one of another format.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .config import UserError
 from .disk import crc32, write_file
 
 RECORD = "state.json"
+WEIGHTS, TENSORS = "model.safetensors", "optimizer.safetensors"
 FORMAT = 2
 _MOST_BYTES = 1 << 26  # a thousand parameters take half a megabyte
 
@@ -63,7 +65,7 @@ def read_record(checkpoint: Path) -> Record:
     path = checkpoint / RECORD
     try:
         content = _read(path)
-        version = content.get("format")
+        version = content["format"]
         if version == FORMAT:
             return _decoded(content)
     except OSError as error:
@@ -98,16 +100,22 @@ def unread(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read ({error.strerror or error}): see to its disk, or its permissions")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a record of any format says, where its checksum is right."""
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MOST_BYTES:,}")
-    return json.loads(path.read_bytes())
+    data = path.read_bytes()
+    content: dict[str, Any] = json.loads(data)
+    is_plain = data.rstrip(b"\n") == json.dumps(content).encode()  # spelled as it was written
+    if content.pop("crc32", None) != _check(content) or not is_plain:
+        raise ValueError("its checksum is another than when it was written")
+    return content
 
 
 def _decoded(content: dict[str, Any]) -> Record:
-    if content.pop("crc32", None) != _check(content):
-        raise ValueError("its checksum is another than when it was written")
     files = {name: (entry["bytes"], entry["crc32"]) for name, entry in content["files"].items()}
+    if files.keys() != {WEIGHTS, TENSORS}:
+        raise ValueError(f"it names the files {sorted(files)}")
     return Record(files, dict(content["values"]))
 
 

@@ -338,6 +338,8 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "lines that are no JSON": (data("a.jsonl", '{"text": "a"}\nnonsense\n'), "a.jsonl, line 2 is not JSON"),
     "lines of another key": (data("a.jsonl", '{"body": "a"}\n'), "no text under text_field='text'"),
     "corpus shorter than a sequence": (data("a.txt", "a few words"), "fewer than one sequence of seq_len=16"),
+    "path that is no UTF-8": (changed(data=os.fsdecode(b"te\xffxts")), r"data='te\udcffxts' is not UTF-8: rename"),
+    "output that is no UTF-8": (changed(out=os.fsdecode(b"ru\xffn")), r"out='ru\udcffn' is not UTF-8: rename"),
     # the model and the tokenizer
     "missing model": (changed(model="nowhere.json"), "nowhere.json"),
     "model that is no JSON": (lambda desk: desk.words(model=desk.write("m.json", "{")), "m.json"),

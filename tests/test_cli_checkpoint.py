@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -439,12 +440,23 @@ def test_a_byte_that_has_changed_is_noticed(good: Path, name: str, place: float,
     data = bytearray((good / name).read_bytes())
     data[int(place * len(data))] ^= flip
     with spoiled(good, name, bytes(data)) as folder:
-        try:
-            damage = damage_of(folder)
-        except UserError as error:  # the byte of the format's number
-            damage = str(error)
+        damage = damage_of(folder)
         assert damage is not None
         assert "\n" not in damage
+
+
+def test_every_byte_of_a_record_counts_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    """The number of the format too: it would have ended the run for good, with a whole checkpoint beside it."""
+    trained = build(3)
+    newest = [save(tmp_path, trained, update) for update in (2, 3)][-1] / "state.json"
+    data = newest.read_bytes()
+    for place in (data.index(b'"format"') + 3, data.index(b'"format": 2') + len(b'"format": '), len(data) - 1):
+        newest.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert "state.json is damaged" in str(damage_of(newest.parent))
+    newest.write_bytes(data[:-1] + b" ")
+    assert "state.json is damaged" in str(damage_of(newest.parent))
+    newest.write_bytes(data.replace(b'"format": 2', b'"format": 3'))
+    assert newest_whole(tmp_path, lambda _: None).name == "00000002"
 
 
 @given(name=st.sampled_from(FILES), data=st.binary(max_size=300))
@@ -466,6 +478,28 @@ JSON = st.recursive(
 )
 
 
+def changed_record(folder: Path, **changes: Any) -> str:
+    """Return a checkpoint's record with some of it changed, and the right checksum."""
+    content = {**json.loads((folder / "state.json").read_text()), **changes}
+    del content["crc32"]
+    return json.dumps({**content, "crc32": zlib.crc32(json.dumps(content).encode())})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"model.safetensors": {"bytes": 1, "crc32": 1}},
+        {name: {"bytes": 1, "crc32": 1} for name in ("model.safetensors", "optimizer.safetensors", "../../../x")},
+        {name: {"bytes": 0, "crc32": 0} for name in ("model.safetensors", "/dev/zero")},
+    ],
+    ids=str,
+)
+def test_a_record_names_its_two_files_and_no_other(files: dict[str, Any], good: Path) -> None:
+    with spoiled(good, "state.json", changed_record(good, files=files).encode()) as folder:
+        assert re.search(r"state\.json is damaged \(ValueError: it names the files \[", str(damage_of(folder)))
+
+
 @given(key=st.sampled_from(["progress", "config", "optimizer", "random"]), value=JSON)
 @settings(max_examples=100, deadline=None)
 def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_checksum_is_right(
@@ -473,9 +507,7 @@ def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_chec
 ) -> None:
     with spoiled(good, "none", b"") as folder:
         whole = read_record(folder)
-        content = {"format": 2, "files": {}, "values": {**whole.values, key: value}}
-        text = json.dumps({**content, "crc32": zlib.crc32(json.dumps(content).encode())})
-        (folder / "state.json").write_text(text)
+        (folder / "state.json").write_text(changed_record(folder, values={**whole.values, key: value}))
         state = torch.get_rng_state()
         with suppress(UserError):  # whatever else is raised fails the test; some values are as good as those that were
             load_checkpoint(folder, *build(seed=1))
@@ -491,7 +523,7 @@ def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_chec
 def test_a_record_that_makes_no_sense_is_one_sentence_with_the_remedy(text: str, good: Path) -> None:
     with (
         spoiled(good, "state.json", text.encode()) as folder,
-        pytest.raises(UserError, match=r"state\.json (is damaged \(.*\): delete the folder .*4|has format)") as caught,
+        pytest.raises(UserError, match=r"state\.json is damaged \(.*\): delete the folder .*4") as caught,
     ):
         read_progress(folder)
     assert "\n" not in str(caught.value)
@@ -505,10 +537,8 @@ def test_a_record_of_unreasonable_size_is_not_read(good: Path) -> None:
 
 
 def test_another_format_names_both(good: Path) -> None:
-    content = json.loads((good / "state.json").read_text())
-    text = json.dumps({**content, "format": 9}).encode()
     with (
-        spoiled(good, "state.json", text) as folder,
+        spoiled(good, "state.json", changed_record(good, format=9).encode()) as folder,
         pytest.raises(UserError, match="has format 9 and not 2: use the version of relora-opt that wrote it"),
     ):
         read_progress(folder)
@@ -582,8 +612,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
 
 def test_a_checkpoint_of_a_later_format_is_not_called_damaged(tmp_path: Path) -> None:
     folder = save(tmp_path, build(3), 3)
-    content = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**content, "format": 3}))
+    (folder / "state.json").write_text(changed_record(folder, format=3))
     with pytest.raises(UserError, match="has format 3 and not 2"):
         newest_whole(tmp_path, print)
     assert names(tmp_path) == ["00000003"]

@@ -1,12 +1,15 @@
 """`relora-opt checkpoints RUN` says of every checkpoint what it is and whether it is whole."""
 
 import io
+import json
 import shutil
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from relora_opt_cli import train
+from relora_opt_cli import listing, train
 from relora_opt_cli.checkpoint import checkpoints
 from relora_opt_cli.config import UserError
 from relora_opt_cli.listing import list_checkpoints, print_checkpoints
@@ -43,7 +46,9 @@ def test_a_damaged_one_says_what_is_wrong_with_it(finished: Path, tmp_path: Path
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (checkpoints(run)[1] / "model.safetensors").write_bytes(b"")
-    (checkpoints(run)[2] / "state.json").write_text('{"format": 7}')
+    content = {"format": 7}
+    content["crc32"] = zlib.crc32(json.dumps(content).encode())
+    (checkpoints(run)[2] / "state.json").write_text(json.dumps(content))
     (checkpoints(run)[3] / "optimizer.safetensors").unlink()
     states = [line.damage for line in list_checkpoints(run)]
     assert states[0] is states[4] is None
@@ -51,6 +56,24 @@ def test_a_damaged_one_says_what_is_wrong_with_it(finished: Path, tmp_path: Path
     assert "has format 7 and not 2" in str(states[2])
     assert "optimizer.safetensors is damaged (No such file or directory)" in str(states[3])
     assert "whole" in printed(run, 60)[1]
+
+
+@pytest.mark.parametrize("moment", ["checkpoints", "damage_of", "read_progress"])
+def test_what_a_run_removes_meanwhile_is_left_out(
+    moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    work, first = getattr(listing, moment), checkpoints(run)[0]
+
+    def removing(path: Path) -> Any:
+        result = work(path) if moment == "checkpoints" else None
+        if path in (run, first):
+            shutil.rmtree(first, ignore_errors=True)
+        return result if moment == "checkpoints" else work(path)
+
+    monkeypatch.setattr(listing, moment, removing)
+    assert [line.update for line in list_checkpoints(run)] == [6, 12, 18, 20]
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import small_model
 from relora_opt_cli import lock, saving, train
 from relora_opt_cli.checkpoint import checkpoints, damage_of, save_checkpoint, snapshot
 from relora_opt_cli.config import UserError
+from relora_opt_cli.export import write_export
 from relora_opt_cli.lock import locked
 from relora_opt_cli.loop import Loop
 from relora_opt_cli.progress import Progress
 from relora_opt_cli.train import resume_run
 from tiny import end_of, options, rows
 from tiny import train as run_tiny
+from tokenizer import byte_tokenizer
 from torch.nn import Linear
 
 pytestmark = pytest.mark.faults
@@ -85,6 +88,16 @@ def test_a_disk_that_runs_full_ends_the_run_with_a_sentence_and_loses_nothing(di
     assert rows(run) == rows(whole)
     assert end_of(run) == end_of(whole)
     assert [path.name for path in checkpoints(run)][: len(saved)] == saved
+
+
+@pytest.mark.parametrize("num_free", [0, 8, 16, 24, 32, 36, 40], ids="{} KiB free".format)
+def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(num_free: int, disk: Path) -> None:
+    """Whichever of its files is the one without room: the tokenizer is the last."""
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(bytes(free - num_free * 1024))
+    with pytest.raises(UserError, match=r"out='.*export' cannot be written: No space left on device|.*os error 28"):
+        write_export(small_model(), byte_tokenizer(), disk / "export")
+    assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 @pytest.mark.slow
