@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from relora_opt_cli.config import UserError
 from relora_opt_cli.model import (
     PRESETS,
@@ -243,6 +245,10 @@ def test_the_papers_name_for_the_number_of_positions_is_understood(tmp_path: Pat
         ),
         ({"rope_scaling": {"type": "linear"}}, r"rope keys \[\] where type 'linear' takes \['factor'\]"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope type 'default', but"),
+        ({"rope_scaling": [1]}, r"config.json has rope scaling \[1\] where an object is wanted: correct it"),
+        ({"rope_scaling": "abc"}, r"rope scaling 'abc' where an object is wanted"),
+        ({"rope_scaling": 5}, r"rope scaling 5 where an object is wanted"),
+        ({"rope_parameters": {"rope_type": []}}, r"rope type \[\], but this Llama only knows 'linear'"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, r"factor=0 must be a positive finite number"),
         ({"hidden_size": ...}, r"config.json lacks 'hidden_size': add it"),
         ({"vocab_size": "97"}, r"config.json: vocab_size='97' must be a whole number of at least 1"),
@@ -256,7 +262,12 @@ def test_a_config_we_cannot_build_is_refused_by_name(changes: dict[str, Any], me
 
 @pytest.mark.parametrize(
     ("contents", "message"),
-    [(None, "does not exist: give an existing file"), ("{", "not a readable JSON"), ("[1]", "holds a JSON list")],
+    [
+        (None, "does not exist: give an existing file"),
+        ("{", "not a readable JSON"),
+        ("[1]", "holds a JSON list"),
+        ("[" * 100_000, "not a readable JSON"),
+    ],
 )
 def test_a_config_file_that_is_none_is_refused(contents: str | None, message: str, tmp_path: Path) -> None:
     if contents is not None:
@@ -265,10 +276,106 @@ def test_a_config_file_that_is_none_is_refused(contents: str | None, message: st
         load_config(tmp_path / "config.json")
 
 
+def test_a_config_file_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no room
+    with pytest.raises(UserError, match=r"config.json has more than 64 MB, which no such file has: give the right one"):
+        load_config(tmp_path / "config.json")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [*TINY.to_dict(), "rope_parameters", "max_sequence_length", "quantization_config", "pretraining_tp"]
+ROPE = {"rope_type": "llama3", **dataclasses.asdict(Llama3Rope(8.0, 1.0, 4.0, 64))}
+rope = st.dictionaries(st.sampled_from([*ROPE, "type", "rope_theta"]), anything, max_size=2).map(lambda new: ROPE | new)
+own_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check_sentence(said: str) -> None:
+    assert "\n" not in said
+    assert ": " in said
+    assert len(said) < 600
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), anything | rope, max_size=3))
+@own_folder
+def test_a_config_with_anything_in_it_gives_a_shape_or_one_sentence(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_config(tmp_path, **changes)
+    try:
+        shape = load_config(path)
+    except UserError as error:
+        check_sentence(str(error))
+    else:
+        assert load_config(write_config(tmp_path, shape)) == shape
+
+
+@given(st.data())
+@own_folder
+def test_a_mangled_model_is_loaded_as_it_is_or_refused_by_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    part = "model-1.safetensors"
+    save_file(drawn(TINY).state_dict(), tmp_path / part)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(drawn(TINY).state_dict(), part)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    damaged = tmp_path / data.draw(st.sampled_from([part, "model.safetensors.index.json"]))
+    raw = bytearray(damaged.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, min(len(raw), 3000) - 1))] = data.draw(st.integers(0, 255))
+    damaged.write_bytes(raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))])
+    try:
+        load_weights(Llama(TINY), tmp_path)
+    except UserError as error:
+        check_sentence(str(error))
+
+
+@given(anything | st.dictionaries(st.just("weight_map"), anything | st.dictionaries(st.text(max_size=3), st.text())))
+@own_folder
+def test_an_index_with_anything_in_it_is_refused_by_one_sentence(tmp_path: Path, index: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as raised:
+        load_weights(Llama(TINY), tmp_path)
+    check_sentence(str(raised.value))
+
+
+@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", "a/w.safetensors", "..", ".", "", "w\0"])
+def test_an_index_names_files_of_its_own_folder_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path, tmp_path / "a"):
+        save_file(drawn(TINY).state_dict(), folder / "w.safetensors")
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UserError, match=r"index\.json names '.*', which is no file of its folder: correct it"):
+        load_weights(Llama(TINY), tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, key = drawn(TINY), "model.layers.1.mlp.up_proj.weight"
+    save_file({**model.state_dict(), key: model.state_dict()[key].to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=rf"model\.safetensors holds '{key}' as \w+, and weights are F64, .*: export the"
+    ):
+        load_weights(Llama(TINY), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_every_floating_kind_are_converted(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = {name: value.to(dtype) for name, value in drawn(TINY).state_dict().items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    load_weights(loaded := Llama(TINY), tmp_path)
+    assert all(torch.equal(value, stored[name].float()) for name, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a whole number of at least 1"),
+        (
+            {"hidden_size": 10**20},
+            r"hidden_size=1000\d*\.*\d* must be a whole number of at least 1, and less than 2\^31",
+        ),
+        ({"rope_theta": 10**400}, r"rope_theta=1000\d*\.\.\.\d* must be a positive finite number"),
         ({"num_attention_heads": True}, "num_attention_heads=True must be a whole number"),
         ({"hidden_size": 26}, "hidden_size=26 must be a multiple of num_attention_heads=4"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),

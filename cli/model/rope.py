@@ -9,6 +9,8 @@ of stretching a model over longer texts that its Llamas use, or none.
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,8 +55,8 @@ class Llama3Rope:
 
 
 def check_positive(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
-        raise UserError(f"{name}={value!r} must be a positive finite number: correct the model's config")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
+        raise UserError(f"{name}={reprlib.repr(value)} must be a positive finite number: correct the model's config")
 
 
 def angles(positions: Tensor, *, head_size: int, theta: float, scaling: LinearRope | Llama3Rope | None) -> Tensor:

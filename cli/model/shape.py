@@ -8,6 +8,7 @@ neighbours).
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ..config import UserError
 from .rope import LinearRope, Llama3Rope, check_positive
 
 _ROPE_TYPES: dict[str, type[LinearRope] | type[Llama3Rope]] = {"linear": LinearRope, "llama3": Llama3Rope}
+MOST_BYTES = 1 << 26  # the index of the largest models has a few megabytes
+_TOO_MANY = 1 << 31  # torch's sizes end there or later, and no model is near
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -48,10 +51,13 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "max_position_embeddings", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if type(value) is not int or not 1 <= value < _TOO_MANY:
                 if value is None and name in ("num_key_value_heads", "head_dim"):
                     continue
-                raise UserError(f"{name}={value!r} must be a whole number of at least 1: correct the model's config")
+                raise UserError(
+                    f"{name}={reprlib.repr(value)} must be a whole number of at least 1, and less than 2^31: correct "
+                    "the model's config"
+                )
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             check_positive(name, getattr(self, name))
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -111,7 +117,8 @@ def load_config(path: Path | str) -> LlamaConfig:
     for key, value in {"model_type": "llama", **plain}.items():
         if raw.get(key, plain.get(key)) != value:
             raise UserError(
-                f"{path} has {key}={raw.get(key)!r}, but this Llama only knows {value!r}: use another config"
+                f"{path} has {key}={reprlib.repr(raw.get(key))}, but this Llama only knows {value!r}: "
+                "use another config"
             )
     for key in _COUNTS:
         if key not in raw:
@@ -130,27 +137,40 @@ def load_config(path: Path | str) -> LlamaConfig:
 
 def _read_rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """Read rope_theta and rope_scaling from transformers 4's two keys or from transformers 5's `rope_parameters`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path} has rope scaling {reprlib.repr(given)} where an object is wanted: correct it")
+    rope = dict(given)
     theta = rope.pop("rope_theta", raw.get("rope_theta", LlamaConfig.rope_theta))
     old_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_kind)
     if kind == "default" and not rope:
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in _ROPE_TYPES:
-        raise UserError(f"{path} has rope type {kind!r}, but this Llama only knows 'linear' and 'llama3': use another")
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+        raise UserError(
+            f"{path} has rope type {reprlib.repr(kind)}, but this Llama only knows 'linear' and 'llama3': use another"
+        )
     wanted = {field.name for field in fields(_ROPE_TYPES[kind])}
     if wanted != set(rope):
-        raise UserError(f"{path} has rope keys {sorted(rope)} where type {kind!r} takes {sorted(wanted)}: correct it")
+        raise UserError(
+            f"{path} has rope keys {reprlib.repr(sorted(rope))} where type {kind!r} takes {sorted(wanted)}: correct it"
+        )
     return {"rope_theta": theta, "rope_scaling": _ROPE_TYPES[kind](**rope)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError for anything else."""
+    """Read a JSON object. Raises UserError for anything else, and for a file of more than MOST_BYTES."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{path} has more than {MOST_BYTES >> 20} MB, which no such file has: give the right one")
+        value = json.loads(content.decode())
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: give an existing file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable JSON file ({error}): correct it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is wanted: correct it")

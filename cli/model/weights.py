@@ -5,6 +5,7 @@ Keys are Hugging Face's. Everything is checked before anything is copied.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn
 from ..config import UserError
 from .network import Llama
 from .shape import read_json
+
+_DTYPES = ("F64", "F32", "F16", "BF16")  # numbers of other kinds mean something with a scale only
 
 
 @torch.no_grad()
@@ -38,9 +41,10 @@ def init_weights(model: Llama, *, seed: int) -> None:
 def load_weights(model: Llama, folder: Path | str) -> None:
     """Copy model.safetensors, or the shards of its index, into `model` in place, one file at a time.
 
-    Keys must match exactly and shapes too; dtypes are converted. A tied weight may be stored under either name or both.
-    Raises UserError for missing or unreadable files, missing or unexpected keys and different shapes, all before
-    anything is copied, and for tied names with different values.
+    Keys must match exactly and shapes too; floating dtypes are converted, and quantized weights refused. A tied weight
+    may be stored under either name or both.
+    Raises UserError for missing or unreadable files, missing or unexpected keys, different shapes and other dtypes, all
+    before anything is copied, and for tied names with different values.
     """
     folder = Path(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -48,7 +52,10 @@ def load_weights(model: Llama, folder: Path | str) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _opened(file) as weights:
-            shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118
+            for key in weights.keys():  # noqa: SIM118
+                stored = weights.get_slice(key)
+                _check_dtype(key, stored.get_dtype(), file)
+                shapes[key] = tuple(stored.get_shape())
     _check_keys(parameters, shapes, folder)
     copied: set[int] = set()
     for file in files:
@@ -61,6 +68,14 @@ def load_weights(model: Llama, folder: Path | str) -> None:
                     )
                 parameter.copy_(value)
                 copied.add(id(parameter))
+
+
+def _check_dtype(key: str, dtype: str, file: Path) -> None:
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"{file} holds {key!r} as {dtype}, and weights are {', '.join(_DTYPES)}: export the model "
+            "without quantization"
+        )
 
 
 def _check_keys(parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
@@ -88,6 +103,9 @@ def _weight_files(folder: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index} has no 'weight_map' from keys to file names: download or export it again")
+    for name in sorted(set(names.values())):
+        if name in ("", "..") or name != Path(name).name or "\0" in name:
+            raise UserError(f"{index} names {reprlib.repr(name)}, which is no file of its folder: correct it")
     return [folder / name for name in sorted(set(names.values()))]
 
 
