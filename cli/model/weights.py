@@ -104,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index} has no 'weight_map' from keys to file names: download or export it again")
     for name in sorted(set(names.values())):
-        if name in ("", "..") or name != Path(name).name or "\0" in name:
+        if name in ("", "..") or name != Path(name).name or not name.isprintable():
             raise UserError(f"{index} names {reprlib.repr(name)}, which is no file of its folder: correct it")
     return [folder / name for name in sorted(set(names.values()))]
 
