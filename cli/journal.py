@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .disk import write_file
-from .store import FORMAT, SIDES, read_small
+from .store import DIGEST, FORMAT, SIDES, digest_of
 
 JOURNAL = "journal.jsonl"
+_TAIL = 1 << 16  # bytes at the end, more than a hundred lines: a journal grows as long as the work takes
 
 
 @dataclass
@@ -56,7 +57,7 @@ def last_entry(folder: Path, key: str) -> Entry | None:
     header, *lines = _lines(folder)
     for line in reversed(lines if header == _header(key) else []):
         with suppress(ValueError, KeyError, TypeError, RecursionError):
-            return _entry(json.loads(line))
+            return _entry(dict(json.loads(line)))
     return None
 
 
@@ -72,10 +73,13 @@ def _header(key: str) -> str:
 
 
 def _line(entry: Entry) -> str:
-    return json.dumps(asdict(entry)) + "\n"
+    content = asdict(entry)
+    return json.dumps({**content, DIGEST: digest_of(content)}) + "\n"
 
 
-def _entry(content: Any) -> Entry:
+def _entry(content: dict[str, Any]) -> Entry:
+    if content.pop(DIGEST) != digest_of(content):
+        raise ValueError("the line was changed")
     return Entry(
         num_pieces=int(content["num_pieces"]),
         chain=str(content["chain"]),
@@ -87,6 +91,12 @@ def _entry(content: Any) -> Entry:
 
 
 def _lines(folder: Path) -> list[str]:
-    """Return the whole lines of a journal, at least one."""
-    text = read_small(folder / JOURNAL)
+    """Return the whole lines of a journal, at least one; of a long one the first and the last."""
+    try:
+        with (folder / JOURNAL).open("rb") as file:
+            header = file.readline(_TAIL)
+            file.seek(max(len(header), file.seek(0, os.SEEK_END) - _TAIL))
+            text = (header + file.read()).decode(errors="replace")
+    except OSError:
+        return [""]
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")] or [""]

@@ -30,7 +30,7 @@ Stream = npt.NDArray[np.integer[Any]]
 SIDES = ("train", "val")
 TOKENIZER, MANIFEST = "tokenizer.json", "corpus.json"
 FORMAT = 2
-_DIGEST = "digest"  # in corpus.json, of everything else there
+DIGEST = "digest"  # the name, in what is written as JSON, of a digest of everything else there
 _BLOCK = 1 << 22
 
 
@@ -67,7 +67,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return the contents of corpus.json."""
         content = asdict(self)
-        return json.dumps({**content, _DIGEST: _digest(content)}, indent=2) + "\n"
+        return json.dumps({**content, DIGEST: digest_of(content)}, indent=2) + "\n"
 
 
 class DamagedError(ValueError):
@@ -122,10 +122,10 @@ def check_mapped(stream: Stream) -> None:
 
 def _read_manifest(folder: Path) -> Manifest:
     try:
-        content = dict(json.loads(read_small(folder / MANIFEST)))
+        content = dict(json.loads(_read_small(folder / MANIFEST)))
         if content.get("format") != FORMAT:
             raise DamagedError(f"{MANIFEST} has format={content.get('format')!r:.50} and not {FORMAT}")
-        if content.pop(_DIGEST, None) != _digest(content):
+        if content.pop(DIGEST, None) != digest_of(content):
             raise DamagedError(f"{MANIFEST} was changed")
         manifest = Manifest(**content)
     except DamagedError:
@@ -138,7 +138,8 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
+    """Return a digest of what JSON spells."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -154,7 +155,7 @@ def key_of_store(folder: Path) -> str | None:
     return None
 
 
-def read_small(path: Path) -> str:
+def _read_small(path: Path) -> str:
     """Return what a small file says; nothing where there is none, or it is none of ours."""
     try:
         return path.read_text(encoding="utf-8") if path.stat().st_size <= _BLOCK else ""

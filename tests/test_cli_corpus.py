@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -441,6 +442,20 @@ def more_tokens(place: Path) -> None:
             file.write(b"written after the last line of the journal")
 
 
+def long(place: Path) -> None:
+    """Make of a journal that of work that took days."""
+    header, *entries = (place / "journal.jsonl").read_text().splitlines(keepends=True)
+    (place / "journal.jsonl").write_text(header + "".join(entries) * (2 + (5 << 20) // len("".join(entries))))
+
+
+def other_bytes(place: Path) -> None:
+    """Change a number that no stream bears out."""
+    header, *entries = (place / "journal.jsonl").read_text().splitlines(keepends=True)
+    changed = [re.sub(r'("num_bytes": .*?"val": )(\d+)', r"\g<1>1\2", entry) for entry in entries]
+    assert changed != entries
+    (place / "journal.jsonl").write_text("".join([header, *changed]))
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize(
     ("damage", "num_left"),
@@ -448,6 +463,8 @@ def more_tokens(place: Path) -> None:
         (half_a_line, 30),
         (garbage, 30),
         (more_tokens, 30),
+        (long, 30),
+        (other_bytes, 60),
         (lambda place: flip(place / "train.bin"), 60),
         (lambda place: cut(place / "train.bin"), 60),
         (lambda place: (place / "val.bin").unlink(), 60),
