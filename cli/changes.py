@@ -20,8 +20,12 @@ _UNSEEN = ("out", "tokens")  # a folder may be moved; steps say it already
 
 def settled(before: Config, after: Config) -> Config:
     """Return the settings with those that are left open as they were settled when the run began (machine.py)."""
-    dtype = before.dtype if after.dtype == "auto" else after.dtype
-    return replace(after, dtype=dtype, compile=before.compile if after.compile is None else after.compile)
+    return replace(
+        after,
+        dtype=before.dtype if after.dtype == "auto" else after.dtype,
+        compile=before.compile if after.compile is None else after.compile,
+        threads=before.threads if after.threads is None else after.threads,
+    )
 
 
 def changes(before: Config, after: Config, *, update: int) -> list[str]:

@@ -42,7 +42,7 @@ class Snapshot:
         progress: where the loop is.
         weights: the model's, by name, on the CPU; tied ones once.
         tensors: of the optimizer's state and of the random numbers, on the CPU.
-        values: all else, as `nested.pack` has it: progress, config, optimizer, random.
+        values: all else, as `nested.pack` has it: progress, config, identity, optimizer, random.
     """
 
     progress: Progress
@@ -51,15 +51,23 @@ class Snapshot:
     values: dict[str, Any]
 
 
-def snapshot(model: nn.Module, optimizer: dict[str, Any], progress: Progress, config: dict[str, Any]) -> Snapshot:
+def snapshot(
+    model: nn.Module,
+    optimizer: dict[str, Any],
+    progress: Progress,
+    config: dict[str, Any],
+    *,
+    identity: dict[str, Any] | None = None,
+) -> Snapshot:
     """Copy what a checkpoint holds.
 
     Args:
         optimizer: `ReLoRAOptimizer.state_dict()`.
         config: the options, by name.
+        identity: what the run is beside them, see identity.py.
     """
-    held = {"progress": asdict(progress), "config": config, "optimizer": optimizer, "random": random_state()}
-    values, tensors = pack(held)
+    said = {"progress": asdict(progress), "config": config, "identity": identity or {}}
+    values, tensors = pack({**said, "optimizer": optimizer, "random": random_state()})
     return Snapshot(progress, _copied(dict(model.named_parameters())), _copied(tensors), values)
 
 
@@ -197,6 +205,20 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise DamagedError(checkpoint / RECORD, "its config is no table of options")
     return config
+
+
+def read_identity(checkpoint: Path) -> dict[str, Any]:
+    """Read what the run was beside its options, see identity.py; empty for a checkpoint of an older version.
+
+    Raises:
+        UserError: for a damaged file or another format.
+    """
+    if "identity" not in read_record(checkpoint).values:
+        return {}
+    identity = _value(checkpoint, "identity")
+    if not isinstance(identity, dict) or not isinstance(identity.get("shape", {}), dict):
+        raise DamagedError(checkpoint / RECORD, "its identity is no table with a shape")
+    return identity
 
 
 class Loadable(Protocol):

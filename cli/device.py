@@ -22,6 +22,15 @@ def find_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def available_device(name: str) -> str:
+    """Return the name of a run's device; where that is not to be had here, of the one that "auto" takes."""
+    kind, _, index = name.partition(":")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    number = int(index) if index.isdigit() else 0
+    is_here = here is not None and here.type == kind and number < torch.accelerator.device_count()
+    return name if name in ("auto", "cpu") or is_here else find_device("auto").type
+
+
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products; "auto" takes bfloat16 where the machine multiplies it in hardware."""
     if name != "auto":

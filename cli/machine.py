@@ -27,13 +27,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def settle(config: Config, *, num_parameters: int) -> Config:
-    """Return the configuration with its precision and compilation decided for this machine."""
+    """Return the configuration with device, threads, precision and compilation decided for this machine."""
     device = find_device(config.device)
     dtype = autocast_dtype(config.dtype, device)
     is_compiled = config.compile
     if is_compiled is None:
         is_compiled = _pays(config, device, dtype, num_parameters=num_parameters)
-    return replace(config, dtype=str(dtype).removeprefix("torch."), compile=is_compiled)
+    return replace(
+        config,
+        device=device.type if config.device == "auto" else config.device,
+        threads=config.threads or torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        compile=is_compiled,
+    )
 
 
 def describe(config: Config) -> str:

@@ -2,7 +2,7 @@
 
     {"format": 2,
      "files": {"model.safetensors": {"bytes": 21000000, "crc32": 3735928559}, ...},
-     "values": {"progress": ..., "config": ..., "optimizer": ..., "random": ...},     as nested.py spells them
+     "values": {"progress": ..., "config": ..., "identity": ..., "optimizer": ..., "random": ...},  see nested.py
      "crc32": 3405691582}                                                             of all the above
 
 A checkpoint whose record is right and whose files agree with it is whole. Any format is to have its checksum in this
@@ -40,7 +40,7 @@ class Record:
 
     Args:
         files: (bytes, CRC-32) by name.
-        values: progress, config, optimizer and random, each as `nested.pack` returns it.
+        values: progress, config, identity, optimizer and random, each as `nested.pack` returns it.
     """
 
     files: dict[str, tuple[int, int]]

@@ -7,10 +7,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .checkpoint import checkpoints, latest_checkpoint, load_state, newest_whole, read_config, read_progress
+from .checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_state,
+    newest_whole,
+    read_config,
+    read_identity,
+    read_progress,
+)
 from .config import Config, UserError, load_config_file, resolve
 from .export import MODEL_CONFIG
 from .format1 import upgrade_checkpoint
+from .identity import check_identity
 from .log import remember
 from .loop import is_evaluated
 from .metrics import Row, read_metrics, truncate_metrics
@@ -77,10 +86,11 @@ def _newest(folder: Path, processes: World) -> Path:
 
 def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
     """Return a run as it was at a checkpoint."""
+    identity = check_identity(Path(config.out), read_identity(checkpoint))
     shape = load_config(Path(config.out) / MODEL_CONFIG)
     run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
     run.progress = replace(read_progress(checkpoint), is_finished=False)
-    run.saved = run.progress.update
+    run.saved, run.identity = run.progress.update, identity
     load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
     if not run.corpus.is_known_as(run.progress.corpus):
         raise UserError(

@@ -32,6 +32,7 @@ from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .disk import write_file
 from .export import MODEL_CONFIG, TOKENIZER
+from .identity import identity_of
 from .lock import LOCK, Lock, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
@@ -60,6 +61,7 @@ class Run:
     processes: World
     writer: Writer = field(default_factory=Writer)  # of checkpoints
     unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
+    identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run is held against
     lock: Lock | None = None  # of the folder; the main process holds it
     saved: int | None = None  # update of the checkpoint that this run has written last, or was restored from
 
@@ -114,7 +116,7 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     set_weights(model)
     own = settle(config, num_parameters=model.num_parameters())
     dtype, is_compiled = processes.from_main((own.dtype, own.compile))
-    config = replace(config, dtype=dtype, compile=is_compiled)
+    config = replace(own, dtype=dtype, compile=is_compiled)
     model.model.checkpoints_activations = config.checkpoint_activations
     if config.compile:
         keep_compiled()
@@ -148,6 +150,7 @@ def write_folder(run: Run) -> None:
         write_file(run.folder / MODEL_CONFIG, json.dumps(run.model.config.to_dict(), indent=2).encode() + b"\n")
         write_file(run.folder / TOKENIZER, run.corpus.tokenizer.to_str(pretty=True).encode())
         write_config(run)
+        run.identity = identity_of(run.folder)
     except OSError as error:
         raise _unwritable(run.folder, error) from error
 

@@ -31,7 +31,7 @@ def save_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
         run.check_folder()
         save_progress(folder, run.progress, _options(config))
         return
-    taken = snapshot(model, state, run.progress, _options(config))
+    taken = snapshot(model, state, run.progress, _options(config), identity=run.identity)
     run.writer.start(partial(_write, run, taken))
 
 

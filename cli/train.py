@@ -26,6 +26,7 @@ from relora_opt import memory
 from .changes import changes, settled
 from .checkpoint import latest_checkpoint, read_progress
 from .config import Config, Options, changed
+from .device import available_device
 from .export import write_export
 from .lock import locked
 from .log import Log, check_logs, open_logs
@@ -66,6 +67,8 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
     """
     told = config_of(folder)
     config = in_place(folder, changed(told, options or {}))
+    if (options or {}).get("device", "auto") == "auto":
+        config = replace(config, device=available_device(told.device))
     processes = on_device(config, processes)
     processes.on_main(lambda: latest_checkpoint(folder))  # a folder without one stays as it is
     with ExitStack() as held:

@@ -33,6 +33,7 @@ from relora_opt_cli.checkpoint import (
     load_checkpoint,
     newest_whole,
     read_config,
+    read_identity,
     read_progress,
     save_checkpoint,
     save_progress,
@@ -500,7 +501,7 @@ def test_a_record_names_its_two_files_and_no_other(files: dict[str, Any], good: 
         assert re.search(r"state\.json is damaged \(ValueError: it names the files \[", str(damage_of(folder)))
 
 
-@given(key=st.sampled_from(["progress", "config", "optimizer", "random"]), value=JSON)
+@given(key=st.sampled_from(["progress", "config", "identity", "optimizer", "random"]), value=JSON)
 @settings(max_examples=100, deadline=None)
 def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_checksum_is_right(
     good: Path, key: str, value: Any
@@ -512,6 +513,7 @@ def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_chec
         with suppress(UserError):  # whatever else is raised fails the test; some values are as good as those that were
             load_checkpoint(folder, *build(seed=1))
             read_config(folder)
+            read_identity(folder)
         torch.set_rng_state(state)
 
 

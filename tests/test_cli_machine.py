@@ -42,6 +42,29 @@ def test_what_is_given_stays() -> None:
     assert on_cpu(dtype="float32").dtype == "float32"
 
 
+def test_the_device_is_settled_by_its_kind_and_one_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_cpu(threads=7).threads == 7
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert settle(resolve({}), num_parameters=SMALL).device == "cpu"
+    monkeypatch.setattr(machine, "find_device", lambda _: torch.device("cuda", 3))
+    monkeypatch.setattr(machine, "autocast_dtype", lambda *_: torch.float32)
+    assert settle(resolve({}), num_parameters=SMALL).device == "cuda"  # each process has its own
+    assert settle(resolve({"device": "cuda:1"}), num_parameters=SMALL).device == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("cpu", "cpu"), ("auto", "auto"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cuda:2", "cuda")]
+)
+def test_a_device_that_is_not_to_be_had_is_replaced_by_the_one_of_auto(
+    name: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert device.available_device(name) == taken
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert device.available_device(name) == {"auto": "auto"}.get(name, "cpu")
+
+
 def test_16_bits_are_for_machines_that_multiply_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_cpu().dtype == "bfloat16"
     monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
@@ -52,6 +75,8 @@ def test_settling_twice_changes_nothing_and_the_file_keeps_it() -> None:
     settled = on_cpu(LARGE)
     assert settle(settled, num_parameters=SMALL) == settled
     assert 'dtype = "bfloat16"' in to_toml(settled)
+    assert 'device = "cpu"' in to_toml(settled)
+    assert f"threads = {torch.get_num_threads()}\n" in to_toml(settled)
     assert "compile = true" in to_toml(settled)
 
 

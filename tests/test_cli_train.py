@@ -109,7 +109,9 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     }
     assert (run / "curves.png").stat().st_size > 10_000
     assert len(checkpoints(run)) == 2
-    settled = {"compile": False, "dtype": resolve(load_config_file(run / "config.toml")).dtype}
+    found_device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    settled = {"compile": False, "threads": 1, "device": found_device.type}
+    settled["dtype"] = resolve(load_config_file(run / "config.toml")).dtype
     assert settled["dtype"] in ("float32", "bfloat16")
     assert resolve(load_config_file(run / "config.toml")) == resolve(options(tmp_path, **settled))
 

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed equals, bit for bit, the run that never stopped; another run is refused."""
 
+import json
 import os
 import random
 import re
@@ -10,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from relora_opt_cli import saving, train
-from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress
+from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
 from relora_opt_cli.config import UserError, load_config_file
 from relora_opt_cli.loop import Loop
 from relora_opt_cli.parallel import World
-from relora_opt_cli.record import read_record
+from relora_opt_cli.record import read_record, write_record
 from relora_opt_cli.signals import Interrupts
 from relora_opt_cli.train import resume_run
 from tiny import CYCLE, STEPS, WARM_START, end_of, rows
@@ -469,6 +471,69 @@ def test_what_is_left_open_stays_as_it_was_settled(whole: Path, tmp_path: Path) 
     resume_run(run, {"dtype": "auto"})
     assert load_config_file(run / "config.toml")["dtype"] == "float32"
     assert end_of(run) == end_of(whole)
+
+
+def test_threads_and_device_stay_those_with_which_the_run_began(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path)
+    settled = load_config_file(run / "config.toml")
+    assert (settled["threads"], settled["device"]) == (1, "cpu" if not torch.accelerator.is_available() else ANY)
+    torch.set_num_threads(2)
+    resume_run(run, {"device": "auto"})
+    assert torch.get_num_threads() == 1
+    assert not re.search(r"^  (threads|device):", capsys.readouterr().out, re.MULTILINE)
+    assert end_of(run) == end_of(whole)
+
+
+def test_other_threads_or_a_device_that_is_not_to_be_had_are_listed(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path)
+    newest, config = checkpoints(run)[-1], run / "config.toml"
+    here = load_config_file(config)["device"]
+    save_progress(newest, read_progress(newest), {**read_config(newest), "device": "xpu:7"})
+    config.write_text(config.read_text().replace(f'device = "{here}"', 'device = "xpu:7"'))
+    with pytest.raises(UserError, match="device='xpu:7' is not to be had here"):
+        resume_run(run, {"device": "xpu:7"})
+    resume_run(run, {"threads": 2})
+    said = capsys.readouterr().out
+    assert f"  device: xpu:7 -> {here}; sums may round differently: equal to the run so far, but not in the" in said
+    assert "  threads: 1 -> 2; sums may round differently" in said
+    assert (load_config_file(config)["device"], load_config_file(config)["threads"]) == (here, 2)
+
+
+def spoil_shape(run: Path) -> str:
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 500.0}))
+    return r"rope_theta=500\.0 in .*config\.json, but .*run was trained with 10000\.0: restore it, or start a new run"
+
+
+def spoil_tokenizer(run: Path) -> str:
+    path = run / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder": {"type": "Fuse"}}))
+    return r"tokenizer\.json is not the tokenizer that .*run was trained with: restore it, or start a new run"
+
+
+@pytest.mark.parametrize("spoil", [spoil_shape, spoil_tokenizer])
+def test_a_model_s_shape_and_its_tokenizer_do_not_change(
+    spoil: Callable[[Path], str], whole: Path, tmp_path: Path
+) -> None:
+    run = part_of(whole, tmp_path)
+    message, before = spoil(run), files_of(run)
+    with pytest.raises(UserError, match=message):
+        resume_run(run)
+    assert files_of(run) == before
+
+
+def test_a_checkpoint_of_before_there_was_an_identity_goes_on(whole: Path, tmp_path: Path) -> None:
+    run = part_of(whole, tmp_path)
+    record = read_record(newest := checkpoints(run)[-1])
+    values = {name: value for name, value in record.values.items() if name != "identity"}
+    write_record(newest, replace(record, values=values))
+    resume_run(run)
+    assert end_of(run) == end_of(whole)
+    assert read_identity(newest) == {} != read_identity(checkpoints(run)[-1])
 
 
 def test_texts_may_move_but_not_change(whole: Path, tmp_path: Path) -> None:
