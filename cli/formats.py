@@ -15,6 +15,7 @@ import io
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def text_of(value: Any, place: str, text_field: str) -> str:
 
 
 def check_column(names: Iterable[str], place: str, text_field: str) -> None:
-    """Refuse a table without the column `text_field`."""
+    """Refuse a table without the column `text_field`, or with several of that name."""
+    names = list(names)
+    if names.count(text_field) > 1:
+        raise UserError(f"{place} has {names.count(text_field)} columns text_field={text_field!r}: rename all but one")
     if text_field not in names:
         raise UserError(f"{place} has no column text_field={text_field!r} but {_listed(names)}: name one of them")
 
@@ -124,7 +128,7 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
     if b"\0" in line:
         raise UserError(f"{place} is not text, it holds a NUL byte: give UTF-8 text")
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=partial(_object, text_field))
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 text, byte {error.start} is wrong: convert or remove it") from error
     except (ValueError, RecursionError) as error:
@@ -135,6 +139,14 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
     return text_of(record[text_field], place, text_field)
 
 
+def _object(text_field: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, whose last text would silently replace one under the same key."""
+    record = dict(pairs)
+    if len(record) < len(pairs) and [key for key, _ in pairs].count(text_field) > 1:
+        raise ValueError(f"{text_field!r} is there twice")
+    return record
+
+
 def _read_parquet(path: Path, text_field: str) -> Iterator[Part]:
     from pyarrow import parquet
 
@@ -142,7 +154,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Part]:
     with parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False) as file:
         check_column(file.schema_arrow.names, str(path), text_field)
         for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
-            yield from read_column(batch.column(0), number, str(path), text_field)
+            yield from read_column(batch.column(text_field), number, str(path), text_field)
             number += len(batch)
 
 

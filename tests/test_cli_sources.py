@@ -191,6 +191,11 @@ def test_the_wrong_byte_is_the_one_that_decoding_the_whole_finds(
             json.dumps(dict.fromkeys("abcdefghijklm")).encode(),
             r"with 'a', .*'j', \.\.\.: name the right key",
         ),
+        (
+            "a.jsonl",
+            b'{"text": "a", "text": "b"}',
+            r"a\.jsonl, line 1 is not JSON \('text' is there twice\): correct or",
+        ),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl, line 1 has 3 under text_field='text': text goes there"),
         ("a.jsonl", b'{"text": null}', r"a\.jsonl, line 1 has None under text_field='text': text goes there"),
         ("a.jsonl", json.dumps({"text": ["x" * 999]}).encode(), r"line 1 has \['x{1,20}\.\.\.x{1,20}'\] under"),
@@ -235,6 +240,15 @@ def test_a_bad_table_is_named_with_its_row(table: dict[str, Any], message: str, 
     parquet.write_table(made, tmp_path / "a.parquet", row_group_size=10)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path / "a.parquet"))
+
+
+def test_a_column_is_found_by_its_name_and_has_no_namesake(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"a": [{"b": "nested"}], "a.b": ["x"]}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet"), text_field="a.b") == ["x"]
+    two = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    parquet.write_table(two, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has 2 columns text_field='text': rename all but one"):
+        read(str(tmp_path / "b.parquet"))
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
