@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ import torch
 from relora_opt_cli import saving, train
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
 from relora_opt_cli.config import UserError, load_config_file
+from relora_opt_cli.corpus import Settings, prepare
+from relora_opt_cli.data import Batches
 from relora_opt_cli.loop import Loop
 from relora_opt_cli.parallel import World
 from relora_opt_cli.record import read_record, write_record
+from relora_opt_cli.resume import config_of
 from relora_opt_cli.signals import Interrupts
 from relora_opt_cli.train import resume_run
 from tiny import CYCLE, STEPS, WARM_START, end_of, rows
@@ -82,6 +85,7 @@ def resumed_and_killed(run: Path, micro_batch: int) -> None:
             resume_run(run)
 
 
+SECOND_EPOCH = 17  # the update that takes the first blocks of the second epoch
 POINTS = {
     "before the first update": 0,
     "in the warm start": 2,
@@ -91,13 +95,21 @@ POINTS = {
     "on the update before a restart": WARM_START + CYCLE - 1,
     "at a restart": WARM_START + CYCLE,
     "after a restart": WARM_START + CYCLE + 1,
-    "at the second restart, in the second epoch": WARM_START + 2 * CYCLE,
-    "on the update before the last": STEPS - 1,
+    "at the second restart": WARM_START + 2 * CYCLE,
+    "in the second epoch": SECOND_EPOCH,
+    "at the third restart, on the update before the last": STEPS - 1,
 }
+BETWEEN_UPDATES = ("before the first update", "at the switch", "after a restart", "in the second epoch")
 
 
-@pytest.mark.parametrize(("micro_batch", "save_every"), [(2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("point", POINTS)
+def cases() -> Iterator[Any]:
+    for point in POINTS:
+        yield pytest.param(point, 2, 1, id=f"{point}, within an update")
+        marks = () if point in BETWEEN_UPDATES else pytest.mark.slow
+        yield pytest.param(point, 1, 4, id=f"{point}, between updates", marks=marks)
+
+
+@pytest.mark.parametrize(("point", "micro_batch", "save_every"), [*cases()])
 def test_a_killed_run_ends_as_the_one_that_never_stopped_bitwise(
     point: str, micro_batch: int, save_every: int, whole: Path, tmp_path: Path
 ) -> None:
@@ -113,11 +125,11 @@ def test_a_killed_run_ends_as_the_one_that_never_stopped_bitwise(
 
 
 def test_the_matrix_reaches_a_second_epoch(whole: Path) -> None:
-    config = load_config_file(whole / "config.toml")
-    tokens = sum(len(path.read_text()) for path in Path(config["data"][0]).iterdir())
-    seen = (WARM_START + 2 * CYCLE) * config["batch_size"] * config["seq_len"]
-    assert tokens / 2 < seen
-    assert rows(whole)[WARM_START + 2 * CYCLE].restarts == 2
+    config = config_of(whole)
+    stream = prepare(config.data, Settings.of(config, tokenizer=whole / "tokenizer.json"), seq_len=config.seq_len).train
+    batches = Batches(stream, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    assert (SECOND_EPOCH - 1) * config.batch_size < batches.num_blocks < SECOND_EPOCH * config.batch_size
+    assert [rows(whole)[WARM_START + number * CYCLE].restarts for number in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,7 @@ def test_the_matrix_reaches_a_second_epoch(whole: Path) -> None:
     [
         {"base": "muon"},
         {"init": "gradient"},
+        {"dtype": "bfloat16", "checkpoint_activations": True},
         *(
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in ({"base": "sgd"}, {"prune": "random:0.9"}, {"rank": 0})
@@ -224,17 +237,27 @@ def test_an_interrupt_after_the_last_update_leaves_its_checkpoint(
     assert end_of(run) == end_of(whole)
 
 
-def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(tmp_path: Path) -> None:
-    def drawn() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
+def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where something draws at every update, as dropout would: between the newest checkpoint and the kill, too."""
+    attempt, drawn = Loop.attempt, list[tuple[int, float, float, float]]()
 
+    def drawing(self: Loop) -> None:
+        attempt(self)
+        made = self.run.progress.update
+        drawn.append((made, random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+    monkeypatch.setattr(Loop, "attempt", drawing)
+    run_tiny(tmp_path, out=str(tmp_path / "whole"))
+    whole = [*drawn]
+    drawn.clear()
     with pytest.raises(Killed):
-        interrupted(tmp_path, 7, kill)
-    expected = drawn()
+        interrupted(tmp_path, 2 * 10 + 1, kill, save_every=4)
+    assert drawn == whole[:10]
+    drawn.clear()
     resume_run(tmp_path / "run")
-    assert drawn() == expected
-    last = read_record(checkpoints(tmp_path / "run")[-1])
-    assert last.values["random"].keys() >= {"python", "numpy", "torch"}
+    assert drawn == whole[8:]
 
 
 # ---- updates that are skipped
