@@ -26,7 +26,7 @@ from tiny import train as run_tiny
 
 UPDATES_A_KILL = 6
 KILLS_AT_THE_END = 3
-BEGINNING = 0.15  # seconds, about what it takes to build a run, or to restore one
+BEGINNING = 0.1  # seconds, about what it takes to build a run, or to restore one
 
 
 def forked(work: Callable[[], object]) -> int:
