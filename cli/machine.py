@@ -57,6 +57,14 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(min(own, num_cores()) if threads is None else threads)
 
 
+def shared_threads(threads: int | None) -> int | None:
+    """Return how many of a process's threads each of several on this machine may have, torchrun's LOCAL_WORLD_SIZE."""
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if threads is None or num_processes == 1:
+        return threads
+    return min(threads, max(1, num_cores() // num_processes))
+
+
 def num_cores() -> int:
     """Return how many cores this process may use: those it is bound to, as far as a container's quota lets it."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -31,6 +31,7 @@ from .export import write_export
 from .lock import locked
 from .log import Log, check_logs, open_logs
 from .loop import Loop
+from .machine import shared_threads
 from .metrics import MetricsFile
 from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
@@ -81,6 +82,8 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         )
         before = config_at(checkpoint, told)
         config = settled(before, config)
+        if "threads" not in (options or {}):
+            config = replace(config, threads=shared_threads(config.threads))
         lines = changes(before, config, update=progress.update)
         if progress.is_finished and progress.update == config.steps:
             say(processes, f"{folder} is finished: {progress.update} updates; give more --steps to go on")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from relora_opt_cli import device, machine
 from relora_opt_cli.config import Config, resolve, to_toml
-from relora_opt_cli.machine import describe, keep_compiled, num_cores, set_threads, settle
+from relora_opt_cli.machine import describe, keep_compiled, num_cores, set_threads, settle, shared_threads
 
 SMALL, LARGE = 10**6, 10**12
 
@@ -99,6 +99,16 @@ def test_no_more_threads_than_cores_unless_asked_for(monkeypatch: pytest.MonkeyP
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("processes", "threads", "each"), [("1", 8, 8), ("2", 8, 4), ("2", 1, 1), ("16", 8, 1)])
+def test_processes_of_a_machine_share_its_cores(
+    processes: str, threads: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "num_cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert shared_threads(threads) == each
+    assert shared_threads(None) is None
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("", 8)])
