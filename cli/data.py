@@ -13,8 +13,6 @@ resume is to ask for the same index. Streams stay on the disk; the order of an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,11 +58,6 @@ class Batches:
         assert index >= 0
         places = range(index * self._batch_size, (index + 1) * self._batch_size)
         return self._blocks([int(self._order(i // self.num_blocks)[i % self.num_blocks]) for i in places])
-
-    def sequential(self) -> Iterator[Tensor]:
-        """Yield every block once, in order: what validation runs over. The last batch may be smaller."""
-        for start in range(0, self.num_blocks, self._batch_size):
-            yield self._blocks(list(range(start, min(start + self._batch_size, self.num_blocks))))
 
     def _order(self, epoch: int) -> Stream:
         if self._shuffled[0] != epoch:

@@ -1,12 +1,12 @@
 """One process at a time trains a run: a lock on a file in its folder, which the kernel releases when the holder ends.
 
-Linux holds it across machines on NFS too. Where a file system has no locks, that is said, and nobody is kept out; nor
-is anybody on Windows.
+Linux holds it across machines on NFS too. Where a file system has no locks, that is said, and nobody is kept out.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -16,11 +16,6 @@ from pathlib import Path
 from typing import IO
 
 from .config import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -66,9 +61,8 @@ def locked(folder: Path, said: Callable[[str], None]) -> Iterator[Lock]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     with file:
-        if fcntl is not None:
-            _lock(file, folder, said)
-            _sign(file)
+        _lock(file, folder, said)
+        _sign(file)
         yield Lock(path, file)
 
 

@@ -507,7 +507,7 @@ class ReLoRAOptimizer(Optimizer):
         return memory(self)
 
     def functional(self, model: nn.Module) -> FunctionalModel:
-        """Return the model as a module that trains factors without ever forming a dense gradient (see step.py)."""
+        """Return the model as a module that trains factors and keeps no dense gradient (see step.py)."""
         from .step import FunctionalModel
 
         self._check_sketches("on the functional path")

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disks import mounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import differences, jagged_schedule
@@ -360,15 +360,8 @@ def test_a_kill_before_any_line_leaves_whole_checkpoints_alone(what: str, tmp_pa
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own; skipped where none can be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a full disk needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a caught error may hold a file of it open
+    with mounted(tmp_path / "disk", "320k") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("num_free", [0, 4, 12, 24, 40], ids="{} KiB free".format)

@@ -45,17 +45,6 @@ def test_a_batch_is_a_function_of_seed_and_index(size: tuple[Any, int, int, int]
     assert (jumped.diff(dim=1) == 1).all()
 
 
-@given(sizes)
-@settings(deadline=None)
-def test_validation_covers_every_block_once_and_predicts_every_token_once(size: tuple[Any, int, int, int]) -> None:
-    stream, seq_len, batch_size, _ = size
-    batches = list(Batches(stream, seq_len=seq_len, batch_size=batch_size).sequential())
-    targets = torch.cat(batches)[:, 1:].flatten().tolist()
-    assert targets == list(range(1, len(targets) + 1))
-    assert len(stream) - seq_len <= len(targets) < len(stream)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-
-
 def test_orders_differ_between_epochs_and_between_seeds() -> None:
     stream = np.arange(1001, dtype=np.uint16)
     orders = [

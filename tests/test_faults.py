@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import mounted
 from folders import small_model
 from relora_opt_cli import lock, saving, train
 from relora_opt_cli.checkpoint import checkpoints, damage_of, save_checkpoint, snapshot
@@ -62,15 +63,8 @@ def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not_bitwise(tmp
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB; skipped where none can be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a full disk needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a caught error may hold a file of it open
+    with mounted(tmp_path / "disk", "8m") as disk:
+        yield disk
 
 
 def test_a_disk_that_runs_full_ends_the_run_with_a_sentence_and_loses_nothing(disk: Path, tmp_path: Path) -> None:
