@@ -5,7 +5,8 @@
     python -m bench.convergence plans            say what there is and how much of it is done
 
 A run is a file in results/convergence/: what was asked for, the validation losses on the way, the time, the machine. It
-is written when the run ends, so a bench that was stopped goes on where it was. Every worker has one thread.
+is written when the run ends, so a bench that was stopped goes on where it was. Every worker is a process with one
+thread; with `--device cuda` they share an accelerator. The same run ends within rounding of itself on another device.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,7 @@ class Spec:
         return RESULTS / f"{self.size}-{self.text}-{self.steps}-{self.method}-s{self.seed}-{digest}.json"
 
 
-def run(spec: Spec) -> dict[str, Any]:
+def run(spec: Spec, *, device: str = "cpu", compile: bool = True) -> dict[str, Any]:
     """Train as a spec says; return the result."""
     import torch
     from relora_opt_cli.corpus import Settings, prepare
@@ -79,27 +83,34 @@ def run(spec: Spec) -> dict[str, Any]:
     from .texts import source
 
     torch.set_num_threads(1)
+    torch.compiler.reset()  # a worker makes many runs, each with a model of its own
     size = SIZES[spec.size]
     corpus = prepare([source(spec.text)], Settings(vocab_size=size.vocab_size), seq_len=size.seq_len)
     width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)
     model = Llama(LlamaConfig(size.vocab_size, width, inner, 4, 4, max_position_embeddings=size.seq_len))
     init_weights(model, seed=spec.seed)
+    model.to(device)
     num_parameters = model.num_parameters()
     batches = Batches(corpus.train, seq_len=size.seq_len, batch_size=size.batch_size, seed=spec.seed)
     held_out = Batches(corpus.val, seq_len=size.seq_len, batch_size=size.batch_size)
     count = min(_NUM_VALIDATION // size.batch_size, held_out.num_blocks // size.batch_size)
-    validation = [held_out.batch(index) for index in range(count)]
+    validation = [held_out.batch(index).to(device) for index in range(count)]
     settings = {key: value for key, value in spec.settings.items() if key not in ("width", "inner")}
-    trainer = {**methods.METHODS, **variants.METHODS}[spec.method](model, settings, spec.steps, spec.seed)
+    trainer = {**methods.METHODS, **variants.METHODS}[spec.method](
+        model, {"compile": compile, **settings}, spec.steps, spec.seed
+    )
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     seconds = 0.0
-    for update in range(1, spec.steps + 1):
+    every = max(1, spec.steps // _NUM_EVALUATIONS)
+    for begin in range(0, spec.steps, every):
+        updates = range(begin, min(begin + every, spec.steps))
         start = time.monotonic()
-        losses.append(float(trainer.step(batches.batch(update - 1))))
+        new = [trainer.step(batches.batch(update).to(device)) for update in updates]
+        losses += torch.stack(new).tolist()  # waits for the device
         seconds += time.monotonic() - start
-        if update % max(1, spec.steps // _NUM_EVALUATIONS) == 0 or update == spec.steps:
-            curve.append((update, sum(float(trainer.evaluate(tokens)) for tokens in validation) / count))
+        held = torch.stack([trainer.evaluate(tokens) for tokens in validation])
+        curve.append((updates[-1] + 1, float(held.mean())))
     return {
         "spec": asdict(spec),
         "val_loss": curve[-1][1],
@@ -109,23 +120,26 @@ def run(spec: Spec) -> dict[str, Any]:
         "num_parameters": num_parameters,
         "num_trainable": trainer.num_trainable,
         "num_tokens": len(corpus.train),
-        "environment": _environment(torch.__version__),
+        "environment": _environment(device, is_compiled=compile),
     }
 
 
-def _environment(version: str) -> dict[str, Any]:
+def _environment(device: str, *, is_compiled: bool) -> dict[str, Any]:
+    import torch
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or os.environ.get("BENCH_COMMIT", "unknown"),
         "date": time.strftime("%Y-%m-%d"),
-        "torch": version,
+        "torch": torch.__version__,
         "threads": 1,
-        "machine": platform.machine(),
+        "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": "bfloat16 autocast",
+        "compiled": is_compiled,
     }
 
 
-def run_all(specs: list[Spec], *, workers: int) -> int:
+def run_all(specs: list[Spec], *, workers: int, device: str = "cpu", compile: bool = True) -> int:
     """Make the runs without a result, `workers` at a time, each in a process of its own; return how many failed."""
     from .texts import source
 
@@ -135,33 +149,28 @@ def run_all(specs: list[Spec], *, workers: int) -> int:
     unique = {spec.path: spec for spec in specs}
     missing = [spec for path, spec in unique.items() if not path.is_file()]
     print(f"{len(unique)} runs, {len(missing)} to make, {workers} at a time", flush=True)
-    with ThreadPoolExecutor(workers) as pool:
-        failures = list(pool.map(_in_process, missing))
-    return sum(failures)
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TORCHINDUCTOR_COMPILE_THREADS="1")
+    num_failed = 0
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for line in pool.map(partial(_make, device=device, compile=compile), missing):
+            num_failed += line.startswith("FAILED")
+            print(line, flush=True)
+    return num_failed
 
 
-def _in_process(spec: Spec) -> bool:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "bench.convergence", "one", json.dumps(asdict(spec))]
+def _make(spec: Spec, *, device: str, compile: bool) -> str:
+    """Make a run and write its result; return a line about it."""
     start = time.monotonic()
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
-    minutes = (time.monotonic() - start) / 60
-    if done.returncode:
-        print(f"FAILED {spec}\n{done.stderr[-2000:]}", flush=True)
-        return True
-    loss = json.loads(spec.path.read_text())["val_loss"]
-    print(
-        f"{loss:.4f} {spec.name} {spec.size} {spec.text} s{spec.seed} {spec.settings} ({minutes:.1f} min)", flush=True
-    )
-    return False
-
-
-def _one(text: str) -> None:
-    spec = Spec(**json.loads(text))
-    result = run(spec)
+    try:
+        result = run(spec, device=device, compile=compile)
+    except Exception:
+        return f"FAILED {spec}\n{traceback.format_exc()[-2000:]}"
     unfinished = spec.path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(result) + "\n")
     unfinished.rename(spec.path)
+    minutes = (time.monotonic() - start) / 60
+    place = f"{spec.name} {spec.size} {spec.text} s{spec.seed} {spec.settings}"
+    return f"{result['val_loss']:.4f} {place} ({minutes:.1f} min)"
 
 
 def _report() -> None:
@@ -182,13 +191,11 @@ def main() -> None:
     making = commands.add_parser("run", help="make the runs of plans")
     making.add_argument("plans", nargs="+", metavar="PLAN")
     making.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    making.add_argument("--device", default="cpu")
+    making.add_argument("--eager", action="store_true", help="compile nothing")
     commands.add_parser("report", help="write tables and picture")
     commands.add_parser("plans", help="list the plans")
-    commands.add_parser("one", help=argparse.SUPPRESS).add_argument("spec")
     arguments = parser.parse_args()
-    if arguments.command == "one":
-        _one(arguments.spec)
-        return
     from .plans import PLANS
 
     if arguments.command == "report":
@@ -199,7 +206,8 @@ def main() -> None:
         if unknown:
             parser.error(f"plan {unknown[0]!r} is not known: choose of {', '.join(PLANS)}")
         specs = [spec for name in arguments.plans for spec in PLANS[name]()]
-        sys.exit(run_all(specs, workers=arguments.workers) > 0)
+        num_failed = run_all(specs, workers=arguments.workers, device=arguments.device, compile=not arguments.eager)
+        sys.exit(num_failed > 0)
     for name, plan in PLANS.items():
         specs = plan()
         print(f"{name:12} {sum(spec.path.is_file() for spec in specs):4} of {len(specs):4} runs done")

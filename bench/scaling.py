@@ -25,7 +25,7 @@ import torch
 from relora_opt_cli.machine import keep_freed_memory
 
 from .costs import Shape, flops, kept
-from .step import CONTENDERS, RESULTS, alternate, environment, kept_bytes
+from .step import CONTENDERS, RESULTS, alternate, batches, environment, kept_bytes
 
 _BASE, _RANK, _SEQ_LEN = Shape(512, 1360, 4, 4096, 4, 256), 32, 256
 AXES: dict[str, tuple[int, ...]] = {
@@ -70,7 +70,7 @@ def measure(axis: str, value: int, *, dtype: torch.dtype, repeats: int) -> Point
     shape, rank = place(axis, value)
     trainers = {key: CONTENDERS[key].build(shape, rank, dtype) for key in ("full-eager", "ours-eager")}
     num_parameters = sum(p.numel() for p in trainers["full-eager"].model.parameters())
-    times = alternate({key: trainer.step for key, trainer in trainers.items()}, shape, repeats)
+    times = alternate({key: trainer.step for key, trainer in trainers.items()}, batches(shape), repeats)
     full, ours = (statistics.median(times[key]) for key in trainers)
     return Point(
         value,

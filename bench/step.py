@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .methods import METHODS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _WARM_UP = 3
+_SHARED = ("width", "rank", "dtype", "threads", "tokens", "layers", "device")  # options of both kinds of process
 _STEPS = 1000  # the length of the schedules; no restart or refresh falls into what is timed
 
 
@@ -51,7 +53,7 @@ class Contender:
     cost: str
     settings: dict[str, Any]
 
-    def build(self, shape: Shape, rank: int, dtype: torch.dtype, *, accumulate: int = 1) -> Any:
+    def build(self, shape: Shape, rank: int, dtype: torch.dtype, *, accumulate: int = 1, device: str = "cpu") -> Any:
         """Return its trainer over a fresh model; every contender's has the same weights."""
         model = Llama(
             LlamaConfig(
@@ -64,6 +66,7 @@ class Contender:
             )
         )
         init_weights(model, seed=0)
+        model.to(device)
         given = {key: rank if value == "rank" else value for key, value in self.settings.items()}
         settings = {"lr": 1e-4, "rest_lr": 1e-4, "dtype": dtype, "accumulate": accumulate, **given}
         return METHODS[self.method](model, settings, _STEPS, 0)
@@ -123,29 +126,33 @@ class Row:
         return (high - low) / 2
 
 
-def batches(shape: Shape) -> Iterator[Tensor]:
+def batches(shape: Shape, device: str = "cpu") -> Iterator[Tensor]:
     """Yield random batches for ever; every call yields the same ones."""
     generator = torch.Generator().manual_seed(0)
+    size = (shape.batch_size, shape.seq_len + 1)
     while True:
-        yield torch.randint(0, shape.vocab_size, (shape.batch_size, shape.seq_len + 1), generator=generator)
+        yield torch.randint(0, shape.vocab_size, size, generator=generator).to(device)
 
 
 def alternate(
-    steps: dict[str, Callable[[Tensor], Any]], shape: Shape, repeats: int, *, accumulate: int = 1
+    steps: dict[str, Callable[[Tensor], Any]], source: Iterator[Tensor], repeats: int, *, accumulate: int = 1
 ) -> dict[str, list[float]]:
     """Time every update on the same micro-batches, in rounds, in an order that changes."""
     times: dict[str, list[float]] = {key: [] for key in steps}
-    shuffled, order, source = list(steps), random.Random(0), batches(shape)
+    shuffled, order = list(steps), random.Random(0)
     for number in range(_WARM_UP + repeats):
         micro_batches = list(islice(source, accumulate))
         order.shuffle(shuffled)
         for key in shuffled:
-            start = time.perf_counter()
-            for tokens in micro_batches:
-                steps[key](tokens)
+            seconds = _seconds(partial(_update, steps[key], micro_batches))
             if number >= _WARM_UP:
-                times[key].append(time.perf_counter() - start)
+                times[key].append(seconds)
     return times
+
+
+def _update(step: Callable[[Tensor], Any], micro_batches: list[Tensor]) -> None:
+    for tokens in micro_batches:
+        step(tokens)
 
 
 def state_bytes(trainer: Any, num_parameters: int) -> int:
@@ -181,16 +188,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _seconds(function: Callable[[], Any]) -> float:
+    """Time a call, and what it leaves for the accelerator to do."""
+    _wait()
     start = time.perf_counter()
     function()
+    _wait()
     return time.perf_counter() - start
 
 
-def measure_peak(trainer: Any, shape: Shape) -> int:
-    """Return by how much a step raises resident memory above what it is between steps (Linux)."""
-    source = batches(shape)
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def measure_peak(trainer: Any, source: Iterator[Tensor], device: str) -> int:
+    """Return by how much a step raises memory above what it is between steps: allocated on a GPU, resident (Linux)."""
     for _ in range(2):  # compiling takes memory of its own, and state appears
         trainer.step(next(source))
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        trainer.step(next(source))
+        return torch.cuda.max_memory_allocated() - allocated
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     trainer.step(next(source))
@@ -204,7 +223,7 @@ def _status(field: str) -> int:
 
 def _peak_in_process(key: str, arguments: argparse.Namespace) -> int:
     """Measure a contender's peak in a process of its own, in which large blocks go back to the system when freed."""
-    own = [f"--{name}={getattr(arguments, name)}" for name in ("width", "rank", "dtype", "threads", "tokens")]
+    own = [f"--{name}={getattr(arguments, name)}" for name in _SHARED]
     command = [sys.executable, "-m", "bench.step", "--peak", key, *own]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -217,13 +236,21 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     for key in keys:
         print(f"building {CONTENDERS[key].name}", file=sys.stderr)
         dtype = getattr(torch, arguments.dtype)
-        trainers[key] = CONTENDERS[key].build(shape, arguments.rank, dtype, accumulate=arguments.accumulate)
+        trainers[key] = CONTENDERS[key].build(
+            shape, arguments.rank, dtype, accumulate=arguments.accumulate, device=arguments.device
+        )
         num_parameters = num_parameters or sum(p.numel() for p in trainers[key].model.parameters())
     steps = {key: trainer.step for key, trainer in trainers.items()}
-    times = alternate(steps, shape, arguments.repeats, accumulate=arguments.accumulate)
+    source = batches(shape, arguments.device)
+    for step in steps.values():  # compiling is over before anything is timed
+        _update(step, list(islice(source, arguments.accumulate)))
+    print(f"timing {arguments.repeats} updates of each", file=sys.stderr)
+    times = alternate(steps, source, arguments.repeats, accumulate=arguments.accumulate)
     rows = []
+    restarts = {key: _restart_seconds(trainer) for key, trainer in trainers.items()}
+    print("measuring memory", file=sys.stderr)
     for key, trainer in trainers.items():
-        contender, restart = CONTENDERS[key], trainer.restart
+        contender = CONTENDERS[key]
         state, sent = state_bytes(trainer, num_parameters), sent_bytes(trainer)
         rows.append(
             Row(
@@ -235,10 +262,14 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
                 state,
                 sent,
                 kept_bytes(trainer, shape, num_parameters),
-                None if restart is None else statistics.median(_seconds(restart) for _ in range(3)),
+                restarts[key],
             )
         )
     return rows
+
+
+def _restart_seconds(trainer: Any) -> float | None:
+    return None if trainer.restart is None else statistics.median(_seconds(trainer.restart) for _ in range(3))
 
 
 def table(rows: list[Row], num_tokens: int) -> str:
@@ -291,6 +322,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     parser.add_argument("--tokens", type=int, default=2048, help="a step, in sequences of 256")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", default="cpu", help="cuda times a GPU, and counts the memory allocated on it")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -302,33 +335,40 @@ def main() -> None:
     if not arguments.peak:
         keep_freed_memory()
     inner = round(arguments.width * 8 / 3 / 16) * 16
-    shape = Shape(arguments.width, inner, 4, 4096, max(1, arguments.tokens // 256), 256)
+    shape = Shape(arguments.width, inner, arguments.layers, 4096, max(1, arguments.tokens // 256), 256)
     if arguments.peak:
-        trainer = CONTENDERS[arguments.peak].build(shape, arguments.rank, getattr(torch, arguments.dtype))
-        print(measure_peak(trainer, shape))
+        dtype = getattr(torch, arguments.dtype)
+        trainer = CONTENDERS[arguments.peak].build(shape, arguments.rank, dtype, device=arguments.device)
+        print(measure_peak(trainer, batches(shape, arguments.device), arguments.device))
         return
     keys = ["full", *(key for key in arguments.methods if key != "full")]
     rows = measure(keys, shape, arguments)
     batch = f"{arguments.tokens}" if arguments.accumulate == 1 else f"{arguments.accumulate}x{arguments.tokens}"
-    name = f"step-w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{batch}"
+    place = "" if arguments.device == "cpu" else f"{arguments.device}-"
+    name = f"step-{place}w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{batch}"
     title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {batch} tokens an update"
+    title += "" if arguments.device == "cpu" else f", {torch.cuda.get_device_name(arguments.device)}"
     print(table(rows, arguments.accumulate * shape.num_tokens))
     RESULTS.mkdir(exist_ok=True)
-    result = {"command": sys.argv[1:], "environment": environment(arguments.threads), "shape": asdict(shape)}
+    result = {
+        "command": sys.argv[1:],
+        "environment": environment(arguments.threads, arguments.device),
+        "shape": asdict(shape),
+    }
     result["rows"] = [asdict(row) for row in rows]
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, title, RESULTS / f"{name}.png")
     print(f"written: results/{name}.json and .png")
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or os.environ.get("BENCH_COMMIT", "unknown"),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "threads": threads,
-        "machine": platform.machine(),
+        "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(device),
     }
 
 

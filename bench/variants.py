@@ -77,10 +77,10 @@ class Weight:
         self.A, scale = self._draw(first=old is None)
         given = self.settings.get("scale", "matched")
         self.scale = scale if given == "matched" else float(given)
-        self.B = torch.zeros(m, self.settings["rank"])
+        self.B = torch.zeros(m, self.settings["rank"], device=self.W.device)
         if self.settings.get("b_init") == "orthogonal":  # its step and A's move W equally far
             Q = torch.linalg.qr(torch.randn(m, self.settings["rank"], generator=self.generator))[0]
-            self.B = Q * math.sqrt(m / self.W.shape[1])
+            self.B = (Q * math.sqrt(m / self.W.shape[1])).to(self.W.device)
         state = self.settings.get("state", "reset")
         if old is None or state == "reset":
             self.of_a, self.of_b = self.new_moments(self.A), self.new_moments(self.B)
@@ -88,7 +88,7 @@ class Weight:
             # The gradient as the old factor saw it, G ~ m (A A^T)^-1 A, seen by the new one.
             rotation = torch.linalg.lstsq(old.T, self.A.T).solution
             seen = rotation.square()
-            unseen = (1 - seen.sum(0)).clamp(min=0.0) if state == "carry" else torch.zeros(len(old))
+            unseen = (1 - seen.sum(0)).clamp(min=0.0) if state == "carry" else seen.new_zeros(len(old))
             moments, self.of_a = self.of_b, self.new_moments(self.A)
             moments.m, moments.v = moments.m @ rotation, moments.v @ seen + moments.v.mean(1, keepdim=True) * unseen
         self.last, self.share = update, self._captured()
@@ -99,9 +99,11 @@ class Weight:
         G = self.W.grad
         assert G is not None
         if init == "kaiming":
-            return (torch.rand(rank, n, generator=self.generator) * 2 - 1) / math.sqrt(n), matched * math.sqrt(3)
+            A = (torch.rand(rank, n, generator=self.generator) * 2 - 1) / math.sqrt(n)
+            return A.to(G.device), matched * math.sqrt(3)
         if init == "orthogonal":
-            return torch.linalg.qr(torch.randn(n, rank, generator=self.generator))[0].T.contiguous(), matched
+            Q = torch.linalg.qr(torch.randn(n, rank, generator=self.generator))[0]
+            return Q.T.contiguous().to(G.device), matched
         if init == "moment" and first:
             G = self.dense.m
         if init == "update" and first:

@@ -58,7 +58,7 @@ def test_low_rank_is_cheaper_the_lower_the_rank_and_costs_more_only_where_it_mus
 
 def test_every_method_takes_its_turn_on_the_same_batches() -> None:
     seen: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
-    times = alternate({key: batch_list.append for key, batch_list in seen.items()}, SHAPE, 2)
+    times = alternate({key: batch_list.append for key, batch_list in seen.items()}, batches(SHAPE), 2)
     assert [len(values) for values in times.values()] == [2, 2]
     assert all(torch.equal(a, b) for a, b in zip(seen["a"], seen["b"], strict=True))
     assert not torch.equal(seen["a"][0], seen["a"][1])
@@ -66,7 +66,7 @@ def test_every_method_takes_its_turn_on_the_same_batches() -> None:
 
 def test_an_update_of_several_micro_batches_is_timed_as_one() -> None:
     seen: list[torch.Tensor] = []
-    times = alternate({"a": seen.append}, SHAPE, 2, accumulate=3)
+    times = alternate({"a": seen.append}, batches(SHAPE), 2, accumulate=3)
     assert len(times["a"]) == 2
     assert len(seen) % 3 == 0
     assert not torch.equal(seen[0], seen[1])
