@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from .config import FIELDS, Config, UserError, load_config_file, resolve
+from .output import enduring_output
 from .report import print_error
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def pretrain(**options: Any) -> None:
     """
     resume, config_file = options.pop("resume"), options.pop("config")
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    with _processes() as processes:
+    with enduring_output(), _processes() as processes:
         if resume is not None:
             if config_file is not None:
                 raise UserError(f"config={config_file!r} does not go with resume: give flags for what is to change")
@@ -102,6 +103,7 @@ _ValShare = Annotated[float, typer.Option(help=FIELDS["val_share"].metadata["hel
 
 
 @app.command()
+@enduring_output()
 def tokenize(
     out: Annotated[Path, typer.Option(help="Folder to write: new, empty, or of a try that was stopped.")],
     data: _Data = None,
@@ -132,6 +134,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 
 @tokenizer_app.command()
+@enduring_output()
 def train(
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
     data: _Data = None,

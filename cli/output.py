@@ -1,4 +1,8 @@
-"""Text on the standard output, as it comes: in any encoding, whoever stops reading, whatever breaks in between."""
+"""Text on the standard output, as it comes: in any encoding, whoever stops reading, whatever breaks in between.
+
+streamed_output   of commands whose text is what they are for: without a reader they end
+enduring_output   of commands that work for days and say how it goes: without a reader they work on
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .config import UserError
 
@@ -35,6 +40,35 @@ def streamed_output() -> Iterator[Callable[[str], None]]:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from error
         raise UserError(f"the text cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def enduring_output() -> Iterator[None]:
+    """Work on where nobody can be told: what neither output takes (no reader, no terminal, no room) is dropped."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _enduring(sys.stdout), _enduring(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _EnduringFile(io.FileIO):
+    def write(self, raw: Any) -> int:
+        try:
+            count: int | None = super().write(raw)
+        except OSError:
+            count = None
+        return memoryview(raw).nbytes if count is None else count  # None: it would block, as after a stop of the reader
+
+
+def _enduring(stream: Any) -> Any:
+    """Return a stream that writes where another does, and never raises OSError; one without a file is itself."""
+    try:
+        file = _EnduringFile(stream.fileno(), "w", closefd=False)
+    except (AttributeError, OSError, ValueError):
+        return stream
+    return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, stream.errors, line_buffering=True)
 
 
 def _write(text: str) -> None:

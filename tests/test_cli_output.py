@@ -1,10 +1,17 @@
 """What a command says arrives as far as it can, and its end is quiet or one sentence."""
 
+import os
+import select
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import tiny
+from relora_opt_cli import app, train
+from relora_opt_cli.config import resolve, to_toml
+from relora_opt_cli.output import enduring_output
 
 SAY = """
 import sys
@@ -61,3 +68,49 @@ def test_an_output_that_is_closed_is_one_sentence() -> None:
         ["sh", "-c", command], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, timeout=60, check=False
     )
     assert done.stderr.startswith(b"one sentence: the standard output is closed")
+
+
+# ---- output that is not what a command is for
+
+
+def output(kind: str) -> int:
+    """Return a file to write to: one that is always full, one of a terminal that was closed, ..."""
+    if kind == "a full disk":
+        return os.open("/dev/full", os.O_WRONLY)
+    reader, writer = os.openpty() if kind == "a closed terminal" else os.pipe()
+    if kind == "a reader that sleeps":
+        os.set_blocking(writer, False)
+        while select.select([], [writer], [], 0)[1]:
+            os.write(writer, bytes(1 << 10))
+    else:
+        os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("kind", ["a closed pipe", "a closed terminal", "a full disk", "a reader that sleeps"])
+def test_whatever_becomes_of_its_output_a_run_goes_on_to_its_end(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
+    (tmp_path / "run.toml").write_text(to_toml(resolve(tiny.options(tmp_path))))
+    monkeypatch.setattr(sys, "argv", ["relora-opt", "pretrain", "--config", str(tmp_path / "run.toml")])
+    descriptor = output(kind)
+    with ExitStack() as stack, monkeypatch.context() as patch:
+        stack.callback(os.close, descriptor)
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, stack.enter_context(open(descriptor, "w", closefd=False, buffering=1)))
+        with pytest.raises(SystemExit) as end:
+            app.main()
+    assert not end.value.code
+    assert [row.update for row in tiny.rows(tmp_path / "run")] == list(range(tiny.STEPS + 1))
+    assert tiny.end_of(tmp_path / "run")
+
+
+def test_output_that_arrives_is_the_same_and_in_order(capfd: pytest.CaptureFixture[str]) -> None:
+    with enduring_output():
+        print("naïve 世界", "x" * 100_000)
+        print("to stderr", file=sys.stderr)
+        print("unfinished", end="")
+    print(" line")
+    assert capfd.readouterr() == (f"naïve 世界 {'x' * 100_000}\nunfinished line\n", "to stderr\n")

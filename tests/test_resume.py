@@ -168,7 +168,9 @@ def test_a_run_that_is_killed_at_every_update_ends_the_same(whole: Path, tmp_pat
     assert end_of(tmp_path / "run") == end_of(whole)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, id="SIGHUP")]
+)
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
     number: int, status: int, micro_batch: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,6 +184,15 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
     resume_run(run)
     assert rows(run) == rows(whole)
     assert end_of(run) == end_of(whole)
+
+
+def test_a_terminal_that_is_closed_does_not_stop_what_nohup_started(whole: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupted(tmp_path, 2 * 7, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end_of(tmp_path / "run") == end_of(whole)
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
