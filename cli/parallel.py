@@ -92,11 +92,14 @@ class World:
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do the same work in every process, first in the main one: what it has put into a cache the others find."""
-        result = self.on_main(work)
-        if not self.is_main:
+        if self.is_main:
+            result = work()
+            self._wait()
+        else:
+            self._wait()
             result = work()
         self._wait()
-        return result  # type: ignore[return-value]
+        return result
 
     def on_device(self, device: str) -> World:
         """Return the processes as they train on a device, each on a GPU of its own where there are any: all must call.

@@ -69,7 +69,7 @@ class DenseStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Train on one micro-batch of this process's share; return the detached loss."""
         loss = self._loss_fn(self._model, tokens)
-        (loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+        (loss / self._accumulate).backward()
         self._num_bad_losses += not bool(loss.isfinite())
         self._num_micro_batches += 1
         if self._num_micro_batches % self._accumulate == 0:

@@ -70,7 +70,7 @@ class MuonBesideAdamW(Optimizer):
         self._maker(self.param_groups[-1])(self.param_groups[-1:])  # fills its options into the very group
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update with each; the step hooks fire once."""
         loss = None
         if closure is not None:

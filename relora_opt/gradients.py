@@ -45,9 +45,11 @@ def _projections(weight: LowRankState) -> tuple[Tensor, ...]:
 
 def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
     """Divide the gradients by a GradScaler's scale, in place; None means that they are unscaled already."""
-    for p in parameters if grad_scale is not None else ():
+    if grad_scale is None:
+        return
+    for p in parameters:
         if p.grad is not None:
-            p.grad.div_(grad_scale.to(p.grad.device))  # type: ignore[union-attr]
+            p.grad.div_(grad_scale.to(p.grad.device))
 
 
 def are_finite(parameters: Iterable[Tensor]) -> bool:

@@ -218,9 +218,7 @@ class Inner:
 
 def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     """Run one update without the profiling wrapper that torch puts around `step`, which fires the global hooks."""
-    function: Callable[..., Any] = type(optimizer).step
-    while getattr(function, "hooked", False):
-        function = function.__wrapped__  # type: ignore[attr-defined]
+    function = inspect.unwrap(type(optimizer).step, stop=lambda wrapper: not getattr(wrapper, "hooked", False))
     return function(optimizer) if closure is None else function(optimizer, closure)
 
 

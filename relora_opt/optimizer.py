@@ -174,7 +174,7 @@ class ReLoRAOptimizer(Optimizer):
     # The contract of torch.optim.Optimizer
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update, and what is due after it: the switch or a restart.
 
         A closure runs first, with gradients enabled; its loss is returned. An update that GradScaler skips is not

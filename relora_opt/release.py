@@ -44,7 +44,7 @@ class ProjectedGradient(Tensor):
         cls, like: Tensor, parts: tuple[Tensor, Tensor] | None, factors: tuple[Tensor, Tensor], scale: float
     ) -> ProjectedGradient:
         """Return the gradient of a weight of `like`'s shape."""
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         gradient: ProjectedGradient = make(cls, like.shape, dtype=like.dtype, device=like.device)
         gradient.parts, gradient.factors, gradient.scale = parts, factors, scale
         return gradient

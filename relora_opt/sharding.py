@@ -13,9 +13,12 @@ A DTensor is known by its mesh: torch.distributed.tensor takes half a second to 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def mesh_of(tensor: Tensor) -> Any:
@@ -23,21 +26,19 @@ def mesh_of(tensor: Tensor) -> Any:
     return getattr(tensor, "device_mesh", None)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Say whether a tensor is a DTensor."""
     return mesh_of(tensor) is not None
 
 
 def full(tensor: Tensor) -> Tensor:
     """Return a tensor whole, gathered on every rank: all ranks must call."""
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return gathered
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor."""
-    held: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return held
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
@@ -45,9 +46,8 @@ def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
     if not is_sharded(other):
         return tensor
     if is_sharded(tensor):
-        moved: Tensor = tensor.redistribute(placements=other.placements)  # type: ignore[attr-defined]
-        return moved
-    return _cut(tensor, other, other.placements)  # type: ignore[attr-defined]
+        return tensor.redistribute(placements=other.placements)
+    return _cut(tensor, other, other.placements)
 
 
 def from_first_rank(tensor: Tensor, other: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def lay_out_factors(A: Tensor, B: Tensor, W: Tensor, name: str) -> tuple[Tensor,
     from torch.distributed.tensor import Replicate
 
     rows, columns = A.dim() - 2, A.dim() - 1
-    placements: tuple[Any, ...] = W.placements  # type: ignore[attr-defined]
+    placements: tuple[Any, ...] = W.placements
     if any(p.is_partial() or (p.is_shard() and p.dim > 0 and W.dim() != A.dim()) for p in placements):
         raise ValueError(
             f"{name} of shape {tuple(W.shape)} is laid out as {placements}: a weight that is read as a matrix can be "

@@ -84,7 +84,7 @@ class FunctionalModel(nn.Module):
         if torch.is_grad_enabled():
             for tensor in _tensors(output, set()):
                 if tensor.requires_grad:
-                    tensor.register_hook(self._swap_in)  # type: ignore[no-untyped-call]
+                    tensor.register_hook(self._swap_in)
         return output
 
     def train(self, mode: bool = True) -> FunctionalModel:
@@ -370,7 +370,7 @@ def _backward(loss: Tensor, accumulate: int) -> None:
             f"loss_fn gave a loss of {loss.dtype} that has no gradient: compute it in floating point from the model "
             "that loss_fn is given, and do not detach it"
         )
-    (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+    (loss / accumulate).backward()
 
 
 def _split(result: Any, *, has_aux: bool) -> tuple[Tensor, Any]:

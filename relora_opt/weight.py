@@ -103,7 +103,7 @@ class _Projected(torch.autograd.Function):
         return W.detach()
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor, None]:
         A, B = ctx.saved_tensors
         dA, dB = project(G, A, B, ctx.scale)
         return None, dA, dB, None
@@ -119,7 +119,7 @@ class _LowRankLinear(torch.autograd.Function):
         return F.linear(x, W, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B = ctx.saved_tensors
         dx = dbias = None
         rows, x_rows = g.reshape(-1, W.shape[0]), x.reshape(-1, W.shape[1])
@@ -220,6 +220,10 @@ def _is_matrix_transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return len(args) == 1 or tuple(sorted(dim % 2 for dim in args[1:])) == (0, 1)
 
 
+def _getters(*names: str) -> list[Any]:
+    return [getattr(Tensor, name).__get__ for name in names]
+
+
 _MMS = (torch.mm, Tensor.mm)
 _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)
@@ -228,8 +232,7 @@ _TRANSPOSES = (
     Tensor.t,
     torch.transpose,
     Tensor.transpose,
-    Tensor.T.__get__,  # type: ignore[attr-defined]
-    Tensor.mT.__get__,  # type: ignore[attr-defined]
+    *_getters("T", "mT"),
 )
 # What writes to its first argument, by torch's convention for the names of such methods and operators.
 _IN_PLACE = frozenset(
@@ -240,13 +243,7 @@ _IN_PLACE = frozenset(
     or name == "__setitem__"
 )
 _METADATA = (
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    *_getters("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad"),
     Tensor.size,
     Tensor.dim,
     Tensor.stride,

@@ -376,8 +376,8 @@ MUTATIONS = (
     Mutation(
         "hide that the weight requires a gradient",
         "weight.py",
-        "    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]\n",
-        "",
+        ', "requires_grad")',
+        ")",
         ("test_laws_autograd.py", "argument_of_a_checkpoint"),
     ),
     Mutation(

@@ -135,6 +135,23 @@ def test_by_default_a_weight_is_low_rank_exactly_where_its_smaller_side_exceeds_
 # ---- explicit targets
 
 
+def is_of_shape_6_7(name: str, parameter: Tensor) -> bool:
+    return parameter.shape == (6, 7)
+
+
+def is_the_heads(name: str, parameter: Tensor) -> bool:
+    return name == "head.weight"
+
+
+def is_the_seconds(name: str, parameter: Tensor) -> bool:
+    return name == "second.weight"
+
+
+def spelled(value: object) -> str:
+    """Return a test's id, the same in every process: the text of a function holds its address."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -144,11 +161,11 @@ def test_by_default_a_weight_is_low_rank_exactly_where_its_smaller_side_exceeds_
         (["head.weight"], ["head.weight"]),
         (("second", "stem"), ["stem.weight", "second.weight"]),
         (["weight"], [*MLP_WEIGHTS, "head.weight"]),
-        (lambda name, p: p.shape == (6, 7), ["first.weight"]),
-        (lambda name, p: name == "head.weight", ["head.weight"]),
+        (is_of_shape_6_7, ["first.weight"]),
+        (is_the_heads, ["head.weight"]),
         ([], []),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_targets_are_a_regex_or_names_of_parameters_or_modules_or_a_predicate(
     targets: Any, expected: list[str]
@@ -189,7 +206,7 @@ def test_a_target_that_matches_nothing_is_an_error_that_names_it_alone(targets: 
         target_names(mlp(), targets)
 
 
-@pytest.mark.parametrize("targets", [["second"], "second", lambda name, p: name == "second.weight"], ids=str)
+@pytest.mark.parametrize("targets", [["second"], "second", is_the_seconds], ids=spelled)
 def test_a_named_weight_that_the_rank_does_not_fit_is_an_error_with_its_shape(targets: Any) -> None:
     assert select(mlp(), rank=5, targets=targets) == ["second.weight"]
     with pytest.raises(ValueError, match=r"rank=6 is not below the smaller side 6 of second\.weight \(8, 6\)"):

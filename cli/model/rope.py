@@ -12,6 +12,7 @@ import math
 import reprlib
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class Llama3Rope:
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
-def check_positive(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
+def check_positive(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{name}={reprlib.repr(value)} must be a positive finite number: correct the model's config")
 
 
