@@ -227,13 +227,7 @@ def _getters(*names: str) -> list[Any]:
 _MMS = (torch.mm, Tensor.mm)
 _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)
-_TRANSPOSES = (
-    torch.t,
-    Tensor.t,
-    torch.transpose,
-    Tensor.transpose,
-    *_getters("T", "mT"),
-)
+_TRANSPOSES = (torch.t, Tensor.t, torch.transpose, Tensor.transpose, *_getters("T", "mT"))
 # What writes to its first argument, by torch's convention for the names of such methods and operators.
 _IN_PLACE = frozenset(
     getattr(Tensor, name)
