@@ -85,7 +85,7 @@ def run(spec: Spec, *, device: str = "cpu", compile: bool = True) -> dict[str, A
     torch.set_num_threads(1)
     torch.compiler.reset()  # a worker makes many runs, each with a model of its own
     size = SIZES[spec.size]
-    corpus = prepare([source(spec.text)], Settings(vocab_size=size.vocab_size), seq_len=size.seq_len)
+    corpus = prepare([source(spec.text, size.vocab_size)], Settings(vocab_size=size.vocab_size), seq_len=size.seq_len)
     width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)
     model = Llama(LlamaConfig(size.vocab_size, width, inner, 4, 4, max_position_embeddings=size.seq_len))
     init_weights(model, seed=spec.seed)
@@ -144,8 +144,8 @@ def run_all(specs: list[Spec], *, workers: int, device: str = "cpu", compile: bo
     from .texts import source
 
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for text in {spec.text for spec in specs}:
-        source(text)  # written once, before several processes want it
+    for text, size in {(spec.text, spec.size) for spec in specs}:
+        source(text, SIZES[size].vocab_size)  # written once, before several processes want it
     unique = {spec.path: spec for spec in specs}
     missing = [spec for path, spec in unique.items() if not path.is_file()]
     print(f"{len(unique)} runs, {len(missing)} to make, {workers} at a time", flush=True)
@@ -205,12 +205,19 @@ def main() -> None:
         unknown = [name for name in arguments.plans if name not in PLANS]
         if unknown:
             parser.error(f"plan {unknown[0]!r} is not known: choose of {', '.join(PLANS)}")
-        specs = [spec for name in arguments.plans for spec in PLANS[name]()]
+        try:
+            specs = [spec for name in arguments.plans for spec in PLANS[name]()]
+        except LookupError as error:
+            sys.exit(str(error))
         num_failed = run_all(specs, workers=arguments.workers, device=arguments.device, compile=not arguments.eager)
         sys.exit(num_failed > 0)
     for name, plan in PLANS.items():
-        specs = plan()
-        print(f"{name:12} {sum(spec.path.is_file() for spec in specs):4} of {len(specs):4} runs done")
+        try:
+            specs = plan()
+        except LookupError as error:
+            print(f"{name:14} waits: {error}")
+            continue
+        print(f"{name:14} {sum(spec.path.is_file() for spec in specs):4} of {len(specs):4} runs done")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Ranks are shares of the width: 32 at width 128 is a quarter. What is called LoRA
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from relora_opt_cli.config import load_config_file
 from relora_opt_cli.model import PRESETS
 
-from .convergence import SIZES, Spec
+from .convergence import SIZES, TUNING_SEED, Spec
 
 Plan = Callable[[], list[Spec]]
 STEPS = 1000
@@ -37,14 +38,21 @@ GALORE: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 0.25}
 APOLLO: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 1.0}
 RATES = (2e-3, 1.4e-3, 2.8e-3, 1e-3, 4e-3)
 REST = (8e-3, 4e-3, 16e-3)
+_TIME_RATIO = {128: 1.0, 64: 1.0}  # full-rank AdamW's step time / ours at width 512, by rank
 _CARRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def _grid(
-    name: str, method: str, settings: dict[str, Any], rates: Iterable[float], rests: Iterable[float] = (8e-3,)
+    name: str,
+    method: str,
+    settings: dict[str, Any],
+    rates: Iterable[float],
+    rests: Iterable[float] = (8e-3,),
+    *,
+    size: str = "w128",
 ) -> list[Spec]:
     return [
-        Spec(name, method, {"lr": lr, "rest_lr": rest_lr, **settings}, "w128", "sotu", STEPS, 0)
+        Spec(name, method, {"lr": lr, "rest_lr": rest_lr, **settings}, size, "sotu", STEPS, TUNING_SEED)
         for lr, rest_lr in product(rates, rests)
     ]
 
@@ -247,7 +255,7 @@ def restarts() -> list[Spec]:
     common: dict[str, Any] = {**MATCHED, "rank": 8, "lr": 2e-3, "rest_lr": 8e-3}
     return [
         Spec(name, "relora", {**common, **own}, "w128", "botocore", length * STEPS, seed)
-        for length in (4, 2, 1)
+        for length in (4, 2, 1, 8)
         for seed in SEEDS
         for name, own in trials
     ]
@@ -285,11 +293,70 @@ def confirm_rivals() -> list[Spec]:
     return _on_all_texts(trials)
 
 
-def _on_all_texts(trials: list[tuple[str, str, dict[str, Any]]]) -> list[Spec]:
-    return [
-        Spec(name, method, settings, "w128", text, STEPS, seed)
+def tune_large() -> list[Spec]:
+    """The same grids at width 256, where 64 is a quarter and 32 an eighth."""
+    rates, few = (1e-3, 7e-4, 1.4e-3, 5e-4, 2e-3), (1e-3, 7e-4, 1.4e-3)
+    return _low_and_full("w256", (64, 32), rates, few, (1e-3, 1.4e-3, 2e-3, 2.8e-3))
+
+
+def confirm_large() -> list[Spec]:
+    """The best of those grids, full-rank AdamW's two best, on three texts and three other seeds."""
+    return _on_all_texts(_settled(tune_large()), size="w256")
+
+
+def tune_wide() -> list[Spec]:
+    """And at width 512, where 128 is a quarter and 64 an eighth."""
+    rates = (7e-4, 5e-4, 1e-3, 3.5e-4)
+    return _low_and_full("w512", (128, 64), rates, rates[:3], (7e-4, 1e-3, 1.4e-3))
+
+
+def confirm_wide() -> list[Spec]:
+    """The best of those grids on other seeds, and low rank for as long as full rank takes, by bench.step on a CPU."""
+    trials = _settled(tune_wide())
+    longer = [
+        Spec(f"{name}, equal time", method, settings, "w512", "sotu", round(STEPS * ratio), seed)
+        for name, method, settings in trials
+        if (ratio := _TIME_RATIO.get(settings.get("rank", 0), 1.0)) != 1.0
         for seed in SEEDS
-        for text in TEXTS
+    ]
+    return _on_all_texts(trials, size="w512", texts=("sotu",)) + longer
+
+
+def _low_and_full(
+    size: str, ranks: tuple[int, int], rates: Iterable[float], few: Iterable[float], muons: Iterable[float]
+) -> list[Spec]:
+    """Return the grids of a size: full rank and both ranks, with AdamW and with Muon."""
+    specs = [
+        *_grid("full-rank AdamW", "full", {}, rates, REST, size=size),
+        *_grid("full-rank Muon", "muon", {}, muons, size=size),
+    ]
+    for rank in ranks:
+        adam = {**MATCHED, "rank": rank}
+        specs += _grid(f"LoRA, matched scale, rank {rank}", "relora", adam, few, REST, size=size)
+        specs += _grid(f"LoRA, matched scale, Muon, rank {rank}", "relora", {**adam, "base": "muon"}, muons, size=size)
+    return specs
+
+
+def _settled(grid: list[Spec]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (name, method, settings) of the best run of every name, of full-rank AdamW the two best."""
+    missing = sum(not spec.path.is_file() for spec in grid)
+    if missing:
+        raise LookupError(f"{missing} runs of the grid are missing, whose best this plan confirms: run the grid first")
+    ranked = sorted(grid, key=lambda spec: json.loads(spec.path.read_text())["val_loss"])
+    best: dict[str, list[Spec]] = {}
+    for spec in ranked:
+        best.setdefault(spec.name, []).append(spec)
+    kept = [spec for name, some in best.items() for spec in some[: 2 if name == "full-rank AdamW" else 1]]
+    return [(spec.name, spec.method, spec.settings) for spec in kept]
+
+
+def _on_all_texts(
+    trials: list[tuple[str, str, dict[str, Any]]], *, size: str = "w128", texts: Iterable[str] = TEXTS
+) -> list[Spec]:
+    return [
+        Spec(name, method, settings, size, text, STEPS, seed)
+        for seed in SEEDS
+        for text in texts
         for name, method, settings in trials
     ]
 
@@ -380,6 +447,10 @@ PLANS: dict[str, Plan] = {
     "restarts": restarts,
     "confirm": confirm,
     "confirm-rivals": confirm_rivals,
+    "tune-large": tune_large,
+    "confirm-large": confirm_large,
+    "tune-wide": tune_wide,
+    "confirm-wide": confirm_wide,
     "ablation": ablation,
     "default-run": default_run,
     "carry-over": carry_over,

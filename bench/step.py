@@ -40,7 +40,7 @@ from .methods import METHODS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _WARM_UP = 3
-_SHARED = ("width", "rank", "dtype", "threads", "tokens", "layers", "device")  # options of both kinds of process
+_SHARED = ("width", "rank", "dtype", "threads", "tokens", "seq-len", "layers", "device")  # by processes for memory
 _STEPS = 1000  # the length of the schedules; no restart or refresh falls into what is timed
 
 
@@ -223,7 +223,7 @@ def _status(field: str) -> int:
 
 def _peak_in_process(key: str, arguments: argparse.Namespace) -> int:
     """Measure a contender's peak in a process of its own, in which large blocks go back to the system when freed."""
-    own = [f"--{name}={getattr(arguments, name)}" for name in _SHARED]
+    own = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in _SHARED]
     command = [sys.executable, "-m", "bench.step", "--peak", key, *own]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -247,11 +247,12 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     print(f"timing {arguments.repeats} updates of each", file=sys.stderr)
     times = alternate(steps, source, arguments.repeats, accumulate=arguments.accumulate)
     rows = []
-    restarts = {key: _restart_seconds(trainer) for key, trainer in trainers.items()}
+    kept = {key: (state_bytes(trainer, num_parameters), sent_bytes(trainer)) for key, trainer in trainers.items()}
+    of_selected = {key: kept_bytes(trainer, shape, num_parameters) for key, trainer in trainers.items()}
+    restarts = {key: _restart_seconds(trainer) for key, trainer in trainers.items()}  # they drop state
     print("measuring memory", file=sys.stderr)
-    for key, trainer in trainers.items():
+    for key in trainers:
         contender = CONTENDERS[key]
-        state, sent = state_bytes(trainer, num_parameters), sent_bytes(trainer)
         rows.append(
             Row(
                 contender.name,
@@ -259,9 +260,8 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
                 statistics.median(full / own for full, own in zip(times[keys[0]], times[key], strict=True)),
                 bound(contender.cost, shape, arguments.rank, accumulate=arguments.accumulate),
                 0 if arguments.no_memory else _peak_in_process(key, arguments),
-                state,
-                sent,
-                kept_bytes(trainer, shape, num_parameters),
+                *kept[key],
+                of_selected[key],
                 restarts[key],
             )
         )
@@ -321,7 +321,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="feed-forward width is 8/3 of it")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--tokens", type=int, default=2048, help="a step, in sequences of 256")
+    parser.add_argument("--tokens", type=int, default=2048, help="a step")
+    parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--device", default="cpu", help="cuda times a GPU, and counts the memory allocated on it")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
@@ -335,7 +336,8 @@ def main() -> None:
     if not arguments.peak:
         keep_freed_memory()
     inner = round(arguments.width * 8 / 3 / 16) * 16
-    shape = Shape(arguments.width, inner, arguments.layers, 4096, max(1, arguments.tokens // 256), 256)
+    batch_size = max(1, arguments.tokens // arguments.seq_len)
+    shape = Shape(arguments.width, inner, arguments.layers, 4096, batch_size, arguments.seq_len)
     if arguments.peak:
         dtype = getattr(torch, arguments.dtype)
         trainer = CONTENDERS[arguments.peak].build(shape, arguments.rank, dtype, device=arguments.device)

@@ -23,10 +23,17 @@ _TAG = re.compile(r"<[^>]+>")
 _MOST_CHARACTERS = 24_000_000  # of a text; more would only be tokenized, not trained on
 
 
-def source(name: str) -> str:
-    """Return the path of a text's .jsonl, which is written where it is missing."""
+def source(name: str, vocab_size: int | None = None) -> str:
+    """Return the path of a text's .jsonl, which is written where it is missing.
+
+    Where the packages are missing, `relora-opt tokenize` of one that was written elsewhere does as well: a folder
+    named NAME-VOCAB_SIZE beside it.
+    """
     package = _PACKAGES[name]
     folder = (default_cache_folder() or Path("runs")) / "bench"
+    tokenized = folder / f"{name}-{vocab_size}"
+    if tokenized.is_dir():
+        return str(tokenized)
     path = folder / f"{name}-{importlib.metadata.version(package)}.jsonl"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
