@@ -323,7 +323,7 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = " ".join(line for line in str(error).splitlines()[:2] if line).rstrip(".")
             raise RuntimeError(
                 f"make_step cannot compile this model and loss_fn ({reason}): say compile=False"
             ) from error

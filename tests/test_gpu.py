@@ -48,8 +48,10 @@ def test_the_implementations_of_a_base_train_alike_there(options: dict[str, bool
             optimizer.zero_grad()
         assert optimizer.num_restarts == 2
         runs.append(model.state_dict())
+    # A capturable base counts its steps in float32 on the device, and corrects its moments by powers of that.
+    rtol, atol = (1e-4, 1e-5) if "capturable" in options else (1e-8, 1e-10)
     for name, ours in runs[0].items():
-        torch.testing.assert_close(ours, runs[1][name], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(ours, runs[1][name], rtol=rtol, atol=atol)
 
 
 def test_a_state_moves_between_devices() -> None:
