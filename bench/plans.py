@@ -295,8 +295,7 @@ def confirm_rivals() -> list[Spec]:
 
 def tune_large() -> list[Spec]:
     """The same grids at width 256, where 64 is a quarter and 32 an eighth."""
-    rates, few = (1e-3, 7e-4, 1.4e-3, 5e-4, 2e-3), (1e-3, 7e-4, 1.4e-3)
-    return _low_and_full("w256", (64, 32), rates, few, (1e-3, 1.4e-3, 2e-3, 2.8e-3))
+    return _low_and_full("w256", (64, 32), (1e-3, 7e-4, 1.4e-3, 5e-4, 2e-3), (1e-3, 1.4e-3, 2e-3, 2.8e-3))
 
 
 def confirm_large() -> list[Spec]:
@@ -306,8 +305,7 @@ def confirm_large() -> list[Spec]:
 
 def tune_wide() -> list[Spec]:
     """And at width 512, where 128 is a quarter and 64 an eighth."""
-    rates = (7e-4, 5e-4, 1e-3, 3.5e-4)
-    return _low_and_full("w512", (128, 64), rates, rates[:3], (7e-4, 1e-3, 1.4e-3))
+    return _low_and_full("w512", (128, 64), (5e-4, 7e-4, 3.5e-4, 1e-3, 2.5e-4), (7e-4, 1e-3, 1.4e-3))
 
 
 def confirm_wide() -> list[Spec]:
@@ -322,18 +320,21 @@ def confirm_wide() -> list[Spec]:
     return _on_all_texts(trials, size="w512", texts=("sotu",)) + longer
 
 
-def _low_and_full(
-    size: str, ranks: tuple[int, int], rates: Iterable[float], few: Iterable[float], muons: Iterable[float]
-) -> list[Spec]:
-    """Return the grids of a size: full rank and both ranks, with AdamW and with Muon."""
+def _low_and_full(size: str, ranks: tuple[int, int], rates: tuple[float, ...], muons: tuple[float, ...]) -> list[Spec]:
+    """Return the grids of a size: full rank and both ranks, with AdamW and with Muon; rates in order of promise."""
+    rests = (16e-3, 8e-3)
     specs = [
         *_grid("full-rank AdamW", "full", {}, rates, REST, size=size),
-        *_grid("full-rank Muon", "muon", {}, muons, size=size),
+        *_grid("full-rank AdamW", "full", {}, rates[:3], (32e-3,), size=size),
+        *_grid("full-rank Muon", "muon", {}, muons, rests, size=size),
     ]
     for rank in ranks:
         adam = {**MATCHED, "rank": rank}
-        specs += _grid(f"LoRA, matched scale, rank {rank}", "relora", adam, few, REST, size=size)
-        specs += _grid(f"LoRA, matched scale, Muon, rank {rank}", "relora", {**adam, "base": "muon"}, muons, size=size)
+        name = f"LoRA, matched scale, rank {rank}"
+        specs += _grid(name, "relora", adam, rates[:3], rests, size=size)
+        specs += _grid(name, "relora", adam, rates[:1], (32e-3,), size=size)
+        name = f"LoRA, matched scale, Muon, rank {rank}"
+        specs += _grid(name, "relora", {**adam, "base": "muon"}, muons, rests, size=size)
     return specs
 
 
