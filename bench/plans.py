@@ -299,8 +299,10 @@ def tune_large() -> list[Spec]:
 
 
 def confirm_large() -> list[Spec]:
-    """The best of those grids, full-rank AdamW's two best, on three texts and three other seeds."""
-    return _on_all_texts(_settled(tune_large()), size="w256")
+    """The best of those grids, full-rank AdamW's two best, on three texts and three other seeds; an eighth first."""
+    specs = _on_all_texts(_settled(tune_large()), size="w256")
+    names = ["full-rank AdamW", *(f"LoRA, matched scale, {which}" for which in ("Muon, rank 32", "rank 32"))]
+    return sorted(specs, key=lambda spec: names.index(spec.name) if spec.name in names else len(names))
 
 
 def tune_wide() -> list[Spec]:
