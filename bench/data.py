@@ -1,7 +1,7 @@
 """What the data path costs: tokenizing beside `tokenizers` alone, its memory, and reading batches.
 
     python -m bench.data                              rate, memory of 32 and 128 MB, batches
-    python -m bench.data --megabytes 128 1000         memory of these corpora; a gigabyte takes some minutes
+    python -m bench.data --parts memory --megabytes 1000 --kinds .jsonl      of a gigabyte, which takes some minutes
     python -m bench.data --parts rate batches         these alone
 
 The rate: the same documents (State of the Union, botocore, Python sources) and the same tokenizer. The rivals are
@@ -9,7 +9,7 @@ The rate: the same documents (State of the Union, botocore, Python sources) and 
 `relora-opt tokenize`, from a .jsonl file to a folder of token ids: read twice, hashed, split, written, flushed, and
 read again to check it. All take turns, in an order that changes every round, in one process on all cores.
 
-Memory: the largest resident set of a process of its own that tokenizes a .jsonl file, or one long .txt file.
+Memory: the largest resident set of `relora-opt tokenize`, of a .jsonl file or one long .txt file.
 
 Batches: reading them from a store, beside the training steps that use them up, in turns.
 """
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -130,20 +129,19 @@ def measure_rate(scratch: Path, tokenizer: Path, *, megabytes: float, rounds: in
 
 
 def measure_memory(scratch: Path, tokenizer: Path, megabytes: float, suffix: str) -> dict[str, Any]:
-    """Tokenize a corpus in a process of its own; return its peak in megabytes, and the time it took."""
-    path = write_corpus(scratch / f"memory{suffix}", megabytes)
-    command = [sys.executable, "-m", "bench.data", "--tokenize", str(path), str(tokenizer), str(scratch / "memory")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    shutil.rmtree(scratch / "memory")
+    """Tokenize a corpus by the command; return its peak in megabytes, and the time it took."""
+    path, out, start = write_corpus(scratch / f"memory{suffix}", megabytes), scratch / "memory", time.perf_counter()
+    command = ["-m", "relora_opt_cli", "tokenize", str(path), "--tokenizer", str(tokenizer), "--out", str(out)]
+    with subprocess.Popen([sys.executable, *command]) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"tokenizing {megabytes:g} MB of {suffix} ended with status {process.returncode}")
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
     path.unlink()
-    return {"megabytes": megabytes, "kind": suffix, **json.loads(done.stdout.splitlines()[-1])}
-
-
-def _tokenize_here(path: str, tokenizer: str, out: str) -> None:
-    start = time.perf_counter()
-    tokenize([path], Settings(tokenizer=tokenizer), Path(out))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    print(json.dumps({"peak_megabytes": peak, "seconds": time.perf_counter() - start}))
+    peak = used.ru_maxrss * 1024 / 1e6
+    return {"megabytes": megabytes, "kind": suffix, "peak_megabytes": peak, "seconds": seconds}
 
 
 def measure_batches(corpus: Corpus, *, rounds: int) -> list[Row]:
@@ -204,14 +202,12 @@ def main() -> None:
     parser.add_argument(
         "--megabytes", type=float, nargs="+", default=[32, 128], help="of the corpora of --parts memory"
     )
+    parser.add_argument("--kinds", nargs="+", choices=(".jsonl", ".txt"), default=[".jsonl", ".txt"], help="of these")
     parser.add_argument("--vocab-size", type=int, default=16_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=15, help="of --parts batches")
-    parser.add_argument("--tokenize", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help="of the file in results/ (default: data- and the parts)")
     arguments = parser.parse_args()
-    if arguments.tokenize:
-        _tokenize_here(*arguments.tokenize)
-        return
     result: dict[str, Any] = {"command": sys.argv[1:], "environment": environment(torch.get_num_threads())}
     result["environment"] |= {"tokenizers": tokenizers.__version__, "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory(prefix="bench-data-") as name:
@@ -228,7 +224,7 @@ def main() -> None:
             found = [
                 measure_memory(scratch, scratch / "tokenizer.json", megabytes, suffix)
                 for megabytes in arguments.megabytes
-                for suffix in (".jsonl", ".txt")
+                for suffix in arguments.kinds
             ]
             print(memory_table(found))
             result["memory"] = found
@@ -237,7 +233,7 @@ def main() -> None:
             rows = measure_batches(corpus, rounds=arguments.steps)
             print(batches_table(rows))
             result["batches"] = [asdict(row) for row in rows]
-    path = RESULTS / f"data-{'-'.join(arguments.parts)}.json"
+    path = RESULTS / f"{arguments.name or '-'.join(('data', *arguments.parts))}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path.relative_to(RESULTS.parent.parent)}")
 

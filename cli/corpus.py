@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from .config import Config, UserError
 from .data import check_length
-from .encoding import PIECE, chained, cut_pieces, encode_pieces
+from .encoding import JOINT, PIECE, chained, cut_pieces, encode_pieces
 from .pace import Advance, Pace
 from .parts import MOST_CHARACTERS
 from .sources import find_sources, read_sources
@@ -207,7 +207,7 @@ def _digest(census: Census) -> str:
 
 def _key(census: Census, tokenizer: Tokenizer) -> str:
     """Return a digest of everything that decides the streams."""
-    cuts = f"{FORMAT} {MOST_CHARACTERS} {PIECE}"
+    cuts = f"{FORMAT} {MOST_CHARACTERS} {PIECE} {JOINT}"
     return _hashed(_digest(census), tokenizer.to_str(), tokenizers.__version__, cuts)
 
 

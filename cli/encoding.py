@@ -21,17 +21,19 @@ from tokenizers import Encoding, Tokenizer
 
 from .split import SplitPart
 from .store import SIDES, Stream, id_dtype
-from .tokens import end_of_text_id, refusing, vocabulary_size
+from .tokens import end_of_text_id, literal, prepends_space, refusing, vocabulary_size
 
 PIECE = 1 << 20  # characters; until it is an array, a token takes about 150 bytes
+JOINT = 1  # the number of the rule by which the parts of a document are joined: see `_texts`
 _IN_FLIGHT = max(2, (os.cpu_count() or 1) // 4)  # pieces; each keeps a few cores busy
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive parts of documents."""
+    """Some consecutive parts of documents; `goes_on` tells whether the first goes on with the document before."""
 
     parts: list[SplitPart]
+    goes_on: bool = False
 
     @cached_property
     def num_bytes(self) -> int:
@@ -67,15 +69,15 @@ class Encoded:
 def cut_pieces(parts: Iterable[SplitPart], *, size: int = PIECE) -> Iterator[Piece]:
     """Group consecutive parts into pieces of at least `size` characters."""
     held: list[SplitPart] = []
-    count = 0
+    count, goes_on = 0, False
     for part in parts:
         held.append(part)
         count += len(part.text)
         if count >= size:
-            yield Piece(held)
-            held, count = [], 0
+            yield Piece(held, goes_on)
+            held, count, goes_on = [], 0, not part.is_last
     if held:
-        yield Piece(held)
+        yield Piece(held, goes_on)
 
 
 def chained(chain: str, digest: str) -> str:
@@ -105,15 +107,15 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Enc
 
 class _Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, whose setting concerns nobody else
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = literal(tokenizer)
+        self._prepends_space = prepends_space(tokenizer)
         self._dtype = id_dtype(vocabulary_size(tokenizer))
         self._end = np.array([end_of_text_id(tokenizer)], self._dtype)
 
     def __call__(self, piece: Piece) -> Encoded:
         ids: dict[str, list[Stream]] = {side: [np.empty(0, self._dtype)] for side in SIDES}
         num_documents, num_bytes = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
-        for part, encoding in zip(piece.parts, self._encoded([part.text for part in piece.parts]), strict=True):
+        for part, encoding in zip(piece.parts, self._encoded(self._texts(piece)), strict=True):
             side = SIDES[part.is_held_out]
             ids[side].append(np.array(encoding.ids, self._dtype))
             num_bytes[side] += len(part.text.encode())
@@ -121,6 +123,14 @@ class _Encoder:
                 ids[side].append(self._end)
                 num_documents[side] += 1
         return Encoded(piece, {side: np.concatenate(ids[side]) for side in SIDES}, num_documents, num_bytes)
+
+    def _texts(self, piece: Piece) -> list[str]:
+        """Return what is to be encoded: where the tokenizer adds a space, a part that goes on with one has none."""
+        texts = [part.text for part in piece.parts]
+        if self._prepends_space:
+            goes_on = [piece.goes_on, *(not part.is_last for part in piece.parts[:-1])]
+            return [text.removeprefix(" ") or text if on else text for text, on in zip(texts, goes_on, strict=True)]
+        return texts
 
     def _encoded(self, texts: list[str]) -> Sequence[Encoding]:
         with refusing("tokenizer cannot encode the texts", "give another one"):

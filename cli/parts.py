@@ -2,8 +2,8 @@
 
 A document of more than MOST_CHARACTERS is cut before a space between two letters. Tokenizers that split a text into
 words first, as those of GPT-2, Llama 3 and this project do, cut there too: the tokens are those of the whole
-document. Where no such space is near, the cut is at the last white space, or else right at the limit. A cut depends
-on the text alone.
+document; encoding.py sees to those that put a space before every text. Where no such space is near, the cut is at the
+last white space, or else right at the limit. A cut depends on the text alone.
 """
 
 from __future__ import annotations

@@ -76,14 +76,46 @@ def like_llama_3() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, like_llama_3()], ids=["GPT-2", "Llama 3"])
+def like_llama_2() -> Tokenizer:
+    pieces = {"<unk>": 0, "</s>": 1, "▁": 2, **{chr(c): c for c in range(33, 127)}}
+    bytes_ = {f"<0x{byte:02X}>": 200 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE({**pieces, **bytes_}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def with_metaspace(scheme: str) -> Tokenizer:
+    tokenizer = like_llama_2()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    return tokenizer
+
+
+LIKE = {
+    "GPT-2": TOKENIZER,
+    "Llama 3": like_llama_3(),
+    "Llama 2": like_llama_2(),
+    **{f"Metaspace, {scheme}": with_metaspace(scheme) for scheme in ("always", "first", "never")},
+}
+
+
+@pytest.mark.parametrize("tokenizer", LIKE.values(), ids=LIKE)
+@pytest.mark.parametrize("size", [1, 1 << 22])
 @given(st.lists(st.text("ab1.'\n é-", max_size=9), min_size=1, max_size=20), st.integers(20, 40))
 @settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_a_long_document_has_the_tokens_that_it_would_have_in_one_part(
-    tokenizer: Tokenizer, words: list[str], most: int
+    size: int, tokenizer: Tokenizer, words: list[str], most: int
 ) -> None:
-    text = " of the ".join(words)  # there is a place to cut within every 20 characters
-    assert np.array_equal(encode([text + "."], tokenizer, most=most), encode([text + "."], tokenizer))
+    texts = [" of the ".join(words) + ".", " of"]  # there is a place to cut within every 20 characters
+    assert np.array_equal(encode(texts, tokenizer, most=most, size=size), encode(texts, tokenizer))
+
+
+def test_a_space_that_is_all_that_a_part_holds_is_not_lost() -> None:
+    ids = encode(["abcd "], like_llama_2(), most=4)
+    assert like_llama_2().decode(ids.tolist(), skip_special_tokens=False).startswith("abcd ")
 
 
 def test_each_side_of_a_piece_has_its_own_documents() -> None:
@@ -227,17 +259,6 @@ def lowercasing() -> Tokenizer:
 def prefixing() -> Tokenizer:
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return tokenizer
-
-
-def like_llama_2() -> Tokenizer:
-    pieces = {"<unk>": 0, "</s>": 1, "▁": 2, **{chr(c): c for c in range(33, 127)}}
-    bytes_ = {f"<0x{byte:02X}>": 200 + byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE({**pieces, **bytes_}, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
     return tokenizer
 
 
