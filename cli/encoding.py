@@ -1,8 +1,9 @@
 """Documents to token ids, piece by piece, on all cores.
 
-A piece is about a million characters of consecutive documents; where pieces begin depends on the documents alone, so
-that work can be taken up at any piece. `tokenizers` encodes the documents of a piece in parallel. While the ids of one
-piece are turned into arrays, which takes Python's lock and so one core, the next is being encoded.
+A piece is some 262,144 characters of consecutive documents; where pieces begin depends on the documents alone, so that
+work can be taken up at any piece. Every core has a thread that encodes a piece by itself, without Python's lock but
+for its ids at the end. The threads of `tokenizers` are left out: what one of them allocates another frees, and that
+takes them a third longer (bench/README.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,13 +21,14 @@ from itertools import islice
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from .machine import num_cores
 from .split import SplitPart
 from .store import SIDES, Stream, id_dtype
 from .tokens import end_of_text_id, literal, prepends_space, refusing, vocabulary_size
 
-PIECE = 1 << 20  # characters; until it is an array, a token takes about 150 bytes
+PIECE = 1 << 18  # characters; until it is an array, a token takes about 150 bytes
 JOINT = 1  # the number of the rule by which the parts of a document are joined: see `_texts`
-_IN_FLIGHT = max(2, (os.cpu_count() or 1) // 4)  # pieces; each keeps a few cores busy
+_OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,11 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Enc
     Raises:
         UserError: where the tokenizer cannot encode a text, or has no end-of-text token.
     """
-    encode = _Encoder(tokenizer)
+    encode, num_threads = _Encoder(tokenizer), num_cores()
     pieces, waiting = iter(pieces), deque[Future[Encoded]]()
-    with ThreadPoolExecutor(_IN_FLIGHT) as threads:
+    with _without_threads_of_tokenizers(), ThreadPoolExecutor(num_threads) as threads:
         try:
-            waiting.extend(threads.submit(encode, piece) for piece in islice(pieces, _IN_FLIGHT))
+            waiting.extend(threads.submit(encode, piece) for piece in islice(pieces, 2 * num_threads))
             while waiting:
                 done = waiting.popleft().result()
                 waiting.extend(threads.submit(encode, piece) for piece in islice(pieces, 1))
@@ -103,6 +106,17 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Enc
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _without_threads_of_tokenizers() -> Iterator[None]:
+    before = os.environ.get(_OWN_THREADS)
+    os.environ[_OWN_THREADS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_OWN_THREADS]
+        os.environ.update({} if before is None else {_OWN_THREADS: before})
 
 
 class _Encoder:

@@ -1,5 +1,6 @@
 """A tokenizer gives every text back, and the tokens depend on nothing but the documents."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_only_packing_writes_an_end_of_text() -> None:
 def test_streams_do_not_depend_on_how_documents_are_grouped(size: int) -> None:
     alone = np.concatenate([encode([text], TOKENIZER) for text in TEXTS])
     assert np.array_equal(encode(TEXTS, TOKENIZER, size=size), alone)
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_the_threads_of_tokenizers_rest_while_each_of_ours_has_a_piece_and_are_given_back(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    pieces = encode_pieces(
+        cut_pieces(iter([SplitPart("a", True, False), SplitPart("b", True, False)]), size=1), TOKENIZER
+    )
+    next(pieces)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    pieces.close()
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 LLAMA_3 = (  # the pattern of Llama 3's tokenizer.json
