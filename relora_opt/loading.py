@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import factor_dtype, matrix_shape
-from .select import Selected
+from .groups import Selected
 from .sharding import is_sharded
 from .state import CLOCK, FORMAT, READABLE, Entry, is_low_rank
 

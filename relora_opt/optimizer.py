@@ -29,19 +29,11 @@ from torch.optim import Optimizer
 from . import gradients, inner, pointing, release
 from . import prune as pruning
 from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
+from .groups import MATCHED, LowRank, Params, ResolvedGroup, Selected, resolve_added_group, resolve_groups
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
-from .select import (
-    MATCHED,
-    LowRank,
-    Params,
-    ResolvedGroup,
-    Selected,
-    Targets,
-    resolve_added_group,
-    resolve_groups,
-)
+from .select import Targets
 from .sharding import full
 from .state import (
     CLOCK,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .select import Selected
+from .groups import Selected
 from .sharding import is_sharded
 from .state import LowRankState
 from .weight import project

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from . import prune
 from .factors import draw_generator, factor_dtype, matrix_shape
+from .groups import Selected
 from .inner import Base, Group, State, step
-from .select import Selected
 
 
 def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Group], strategy: prune.Strategy) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
-from .select import Slot
+from .groups import Slot
 from .sharding import lay_out_factors
 
 Entry = dict[str, Any]

@@ -11,8 +11,8 @@ from models import batch, differences, mlp, mse, randomise_b, relora, selected_w
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
+from relora_opt.groups import Slot
 from relora_opt.pointing import NUM_SKETCHES, point_, sketch_
-from relora_opt.select import Slot
 from relora_opt.state import LowRankState, new_entry
 
 DOUBLE = torch.float64

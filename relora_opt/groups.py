@@ -1,0 +1,284 @@
+"""The optimizer's groups: a user's parameters, split into those that are low-rank and those that are dense.
+
+    LowRank           what a group gets where it does not say its own rank, alpha and factor_lr
+    ResolvedGroup     a group for torch.optim, with what the optimizer knows of its parameters
+    resolve_groups    a module, parameters, pairs or groups -> resolved groups
+
+Each user's group becomes at most two groups for the optimizer, the low-rank part first; `group["rank"]` tells them
+apart (0: dense). Nothing is dropped in silence: a rank that fits no weight and parameters from which nothing can be
+selected are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .factors import factor_dtype, matrix_shape
+from .select import Choice, Targets, canonical_name, check_targets, parallel_paths
+
+Params = nn.Module | Iterable[Any]
+
+MATCHED = "matched"  # alpha, and a group's scale, where each weight's own is found by inner.matched_scale
+
+
+class Slot(NamedTuple):
+    """What the optimizer knows of a parameter beside its tensor."""
+
+    name: str
+    is_batch: bool  # a 3-D weight that stacks matrices along dimension 0
+
+
+class Selected(NamedTuple):
+    """A low-rank weight as the optimizer meets it, in group `number`."""
+
+    W: Tensor
+    slot: Slot
+    group: dict[str, Any]
+    number: int
+
+
+class ResolvedGroup(NamedTuple):
+    """A group as the optimizer keeps it: `options` for torch.optim, with params, rank, scale and factor_lr."""
+
+    options: dict[str, Any]
+    slots: list[Slot]
+
+    def seen_by_base(self, *, is_warm: bool) -> dict[str, Any]:
+        """Return the options with parameters as the base sees them: without a warm start, factors in place of weights.
+
+        They are matrices, those of a convolution too. Here they stand for them without memory or values.
+        """
+
+        def seen(p: Tensor, slot: Slot) -> Tensor:
+            if is_warm or not self.options["rank"] or p.dim() == 2:
+                return p
+            shape = matrix_shape(p, is_batch=slot.is_batch)
+            return torch.empty((1,) * len(shape), dtype=factor_dtype(p.dtype), device=p.device).expand(shape)
+
+        parameters = [seen(p, slot) for p, slot in zip(self.options["params"], self.slots, strict=True)]
+        return {**self.options, "params": parameters}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What a group gets where it does not say its own.
+
+    Args:
+        rank: r; 0 selects nothing.
+        alpha: scale s = alpha / rank; None means alpha = rank; "matched" leaves s to each weight's shape.
+        factor_lr: multiplies the learning rate for factors only.
+        targets: which parameters; None for the default.
+        base_with_alpha: the base, where it has an alpha of its own, for which a number could be meant.
+    """
+
+    rank: int
+    alpha: float | str | None
+    factor_lr: float
+    targets: Targets
+    base_with_alpha: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank={self.rank!r} must be a whole number, 0 or more: 0 trains everything densely")
+        is_positive = not isinstance(self.alpha, str) and _is_finite(self.alpha) and float(self.alpha or 0) > 0
+        if not (self.alpha is None or self.alpha == MATCHED or is_positive):
+            raise ValueError(
+                f"alpha={self.alpha!r} must be a positive number (the scale is alpha / rank), or {MATCHED!r}"
+            )
+        if is_positive and self.base_with_alpha:
+            raise ValueError(
+                f"alpha={self.alpha} is the scale's here, alpha / rank, and {self.base_with_alpha} has its own: "
+                f"bind that, base=functools.partial({self.base_with_alpha}, alpha={self.alpha}), after which alpha= "
+                "means the scale's"
+            )
+        if not (_is_finite(self.factor_lr) and self.factor_lr >= 0):
+            raise ValueError(f"factor_lr={self.factor_lr!r} must be 0 or more: it multiplies lr for the factors")
+        check_targets(self.targets)
+
+    @property
+    def scale(self) -> float | str:
+        """s = alpha / rank, or 0 for rank 0, or "matched"."""
+        if self.rank == 0:
+            return 0.0
+        if isinstance(self.alpha, str):
+            return self.alpha
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def merged_with(self, group: dict[str, Any]) -> LowRank:
+        """Return these settings with a group's own; what the group says is removed from it."""
+        return replace(self, **{key: group.pop(key) for key in ("rank", "alpha", "factor_lr") if key in group})
+
+
+def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
+    """Split a user's parameters into the optimizer's groups.
+
+    Args:
+        params: a module, parameters, (name, parameter) pairs, or group dictionaries of either.
+        low_rank: what a group gets where it does not say its own rank, alpha or factor_lr.
+
+    Raises:
+        TypeError: for what is none of these.
+        ValueError: where nothing can be selected, a target matches nothing, or a named weight cannot be low-rank.
+    """
+    model = params if isinstance(params, nn.Module) else None
+    raw = _raw_groups(params)
+    chosen = Choice(model, low_rank.targets)
+    resolved = [part for group in raw for part in _split(group, low_rank, chosen)]
+    chosen.check_all_matched()
+    _check_selection(resolved, raw, model, low_rank)
+    return resolved
+
+
+def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, before: Sequence[str]) -> list[ResolvedGroup]:
+    """Split a group that is added to an optimizer of parameters with these names; nothing in it need be selected."""
+    (raw,) = _raw_groups([group], before)
+    return list(_split(raw, low_rank, Choice(None, low_rank.targets)))
+
+
+def _split(group: dict[str, Any], low_rank: LowRank, chosen: Choice) -> Iterator[ResolvedGroup]:
+    """Yield a group's low-rank part and its dense part, where they are not empty."""
+    options = dict(group)
+    says_rank = "rank" in options
+    settings = low_rank.merged_with(options)
+    parts: dict[bool, tuple[list[Tensor], list[Slot]]] = {True: ([], []), False: ([], [])}
+    for name, parameter in options.pop("params"):
+        slot = Slot(name, id(parameter) in chosen.batch_ids)
+        is_selected = _is_selected(slot, parameter, settings, chosen, says_rank=says_rank)
+        parameters, slots = parts[is_selected]
+        parameters.append(parameter)
+        slots.append(slot)
+    for is_selected, (parameters, slots) in parts.items():
+        if parameters:
+            rank, scale = (settings.rank, settings.scale) if is_selected else (0, 0.0)
+            factor_lr = settings.factor_lr if is_selected else 1.0
+            yield ResolvedGroup(
+                {**options, "params": parameters, "rank": rank, "scale": scale, "factor_lr": factor_lr}, slots
+            )
+
+
+def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: Choice, *, says_rank: bool) -> bool:
+    if is_lazy(parameter):
+        raise ValueError(f"{slot.name} has no shape yet: call the model on a batch before its optimizer is made")
+    if parameter.dim() < 2:
+        return False
+    is_explicit = says_rank if chosen.targets is None else chosen.takes(slot.name, parameter)
+    is_default = chosen.targets is None and slot.name in chosen.defaults
+    if settings.rank == 0 or not (is_explicit or is_default):
+        return False
+    if not parameter.is_floating_point():
+        if is_explicit:
+            raise ValueError(f"{slot.name} is named as low-rank but {parameter.dtype}: leave it out of targets")
+        return False
+    smaller = min(matrix_shape(parameter, is_batch=slot.is_batch)[-2:])
+    if not is_explicit:
+        return smaller > settings.rank
+    if not parameter.requires_grad:
+        raise ValueError(f"{slot.name} is named as low-rank but frozen: set requires_grad, or leave it out of targets")
+    if smaller <= settings.rank:
+        raise ValueError(
+            f"rank={settings.rank} is not below the smaller side {smaller} of {slot.name} {tuple(parameter.shape)}: "
+            "lower rank, or leave it out of targets"
+        )
+    return True
+
+
+def _raw_groups(params: Params, before: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return group dictionaries whose "params" are (name, parameter) pairs; parameters without a name are numbered.
+
+    `before` holds the names that are taken, of as many parameters.
+    """
+    groups = _groups_of_pairs(params, count(len(before)))
+    names = [name for group in groups for name, _ in group["params"]]
+    if not names:
+        raise ValueError("params is empty: there is nothing to optimize")
+    name, times = Counter((*before, *names)).most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"{name} is the name of {times} parameters: each needs its own, by which its factors are drawn"
+        )
+    return groups
+
+
+def _groups_of_pairs(params: Params, numbers: Iterator[int]) -> list[dict[str, Any]]:
+    if isinstance(params, nn.Module):
+        parallel = parallel_paths(params)
+        return [{"params": [(canonical_name(name, parallel), p) for name, p in params.named_parameters()]}]
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor: pass a module, an iterable of parameters, or group dictionaries")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params={params!r}: pass a module, an iterable of parameters, or group dictionaries")
+    items = list(params)
+    if items and all(isinstance(item, Mapping) for item in items):
+        for item in items:
+            if "params" not in item:
+                raise ValueError(f"a group has {sorted(item)} and no params: give it its parameters")
+        return [{**item, "params": _pairs(item["params"], numbers)} for item in items]
+    return [{"params": _pairs(items, numbers)}]
+
+
+def _pairs(items: Any, numbers: Iterator[int]) -> list[tuple[str, Tensor]]:
+    pairs: list[tuple[str, Tensor]] = []
+    names: dict[int, str] = {}
+    if isinstance(items, Set):
+        raise TypeError("params is a set, which has no order: give a list")
+    if isinstance(items, nn.Module):
+        raise TypeError(f"a group's params is a {type(items).__name__}: give its parameters, module.named_parameters()")
+    if not isinstance(items, Iterable):
+        raise TypeError(f"a group's params={items!r}: give a list of parameters or (name, parameter) pairs")
+    for item in [items] if isinstance(items, Tensor) else items:
+        if isinstance(item, tuple) and not (len(item) == 2 and isinstance(item[0], str)):
+            kinds = ", ".join(type(part).__name__ for part in item)
+            raise TypeError(f"params holds a tuple ({kinds}): parameters or (name, parameter) pairs go there")
+        name, parameter = item if isinstance(item, tuple) else (None, item)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"params holds a {type(parameter).__name__}: parameters or (name, parameter) pairs go there"
+            )
+        number = next(numbers)
+        name = f"param{number}" if name is None else canonical_name(name)
+        if id(parameter) in names:
+            raise ValueError(f"{names[id(parameter)]} and {name} are the same parameter: give it once")
+        names[id(parameter)] = name
+        pairs.append((name, parameter))
+    return pairs
+
+
+def _check_selection(
+    resolved: list[ResolvedGroup], raw: list[dict[str, Any]], model: nn.Module | None, low_rank: LowRank
+) -> None:
+    """Refuse to train everything densely where a rank was asked for."""
+    targets = low_rank.targets
+    selects_nothing = isinstance(targets, Sequence) and len(targets) == 0
+    if low_rank.rank == 0 or selects_nothing or any(group.options["rank"] for group in resolved):
+        return
+    remedy = "pass rank=0 to train everything densely"
+    if model is None and targets is None:
+        if all("rank" in group for group in raw):
+            return
+        raise ValueError(
+            f"rank={low_rank.rank}, but parameters without their module tell no linear layer from an embedding: pass "
+            "the model itself (to transformers' Trainer (trainer_factory, options)), or (name, parameter) pairs with "
+            f"targets=, or groups with their own rank; or {remedy}"
+        )
+    largest = max((min(matrix_shape(p)) for group in raw for _, p in group["params"] if p.dim() >= 2), default=0)
+    if largest <= low_rank.rank:
+        raise ValueError(
+            f"rank={low_rank.rank} is not below the smaller side of any weight (the largest is {largest}): lower rank, "
+            f"or {remedy}"
+        )
+    raise ValueError(
+        f"rank={low_rank.rank}, targets={targets!r}: no weight is selected; name some with targets=, or {remedy}"
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
