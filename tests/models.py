@@ -3,6 +3,7 @@
 Sizes differ in every dimension, so that a transposed or mistaken shape cannot pass.
 """
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,7 +135,7 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return everything a run consists of, copied."""
-    return through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 class Kernel(torch.autograd.Function):
