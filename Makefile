@@ -38,7 +38,7 @@ check:
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy relora_opt cli
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 format: $(DEV)
 	.venv/bin/python -m ruff format .

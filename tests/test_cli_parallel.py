@@ -160,7 +160,15 @@ def options(text: Path, *, steps: int = 12) -> list[Any]:
     return [*OPTIONS.split(), "--steps", steps, "--data", text, "--dtype", "float32", "--no-compile"]
 
 
-@pytest.mark.parametrize("extra", [("--micro-batch-size", 2), ("--shard",)], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--micro-batch-size", 2, "--shard"),
+        pytest.param(("--micro-batch-size", 2), marks=pytest.mark.slow),
+        pytest.param(("--shard",), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_processes_train_what_one_does(tmp_path: Path, text: Path, extra: tuple[Any, ...]) -> None:
     pretrain(tmp_path, 1, *options(text), "--out", "one", "--eval-every", 4).check_returncode()
     two = pretrain(tmp_path, 2, *options(text), "--out", "two", "--eval-every", 4, *extra)
@@ -371,7 +379,7 @@ run.prepare = slow
     sabotaged(tmp_path, body, *options(text, steps=8), "--out", "run", fails=False)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_joins_is_not_waited_for(tmp_path: Path, rank: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("{body}", "parallel._TIMEOUT = timedelta(seconds=1)"))

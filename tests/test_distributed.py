@@ -1,7 +1,6 @@
 """Two processes, gloo: DDP and FSDP2 train what one process trains, every rank alike, and runs move between them."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,6 @@ LAST = 16
 SCHEDULE = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=3)  # switch after 3; restarts after 7, 11, 15
 # float32 adds the same numbers in another order; 16 updates at a rate of 0.01 carry that on.
 CLOSE: dict[str, float] = {"rtol": 0, "atol": 2e-6}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    group = Ranks(SIZE)
-    yield group
-    group.stop()
 
 
 def part(rank: int, *tensors: Tensor) -> list[Tensor]:

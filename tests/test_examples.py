@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -40,13 +39,6 @@ SAYS = {  # what is printed at the end
     "with_accelerate": r"^1 processes, 60 updates, 2 restarts, loss 0\.[12]\d+\n$",
     "with_lightning": r"60 updates, 2 restarts, loss 0\.\d+\n$",
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.stop()
 
 
 def ids(path: Path) -> str:
@@ -127,6 +119,7 @@ def test_accelerate_starts_two_processes_by_the_command_that_the_example_names(t
     assert done.stdout.startswith("2 processes, 30 updates, 1 restarts"), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # as above
 def test_a_second_run_of_the_trainer_goes_on_from_its_folder(tmp_path: Path) -> None:
     path = EXAMPLES[0].parent / "hf_trainer.py"

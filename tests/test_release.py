@@ -530,12 +530,8 @@ def refused_among_two(rank: int) -> None:
         relora(model, release_grads=True)
 
 
-def test_several_processes_are_refused_and_so_are_sharded_weights() -> None:
-    group = Ranks(2)
-    try:
-        group.run(refused_among_two)
-    finally:
-        group.stop()
+def test_several_processes_are_refused_and_so_are_sharded_weights(ranks: Ranks) -> None:
+    ranks.run(refused_among_two)
 
 
 def test_processes_that_join_later_are_refused_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

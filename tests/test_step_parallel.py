@@ -1,7 +1,7 @@
 """`make_step(process_group=...)`: several processes train what one process would on all of their batches."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,13 +126,6 @@ def averages_half(rank: int, group: dist.ProcessGroup, settings: dict[str, Any])
     half.grad = torch.full_like(half, 40_000.0)
     gradients.average_([half, frozen], group)
     return half.grad.tolist()
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    group = Ranks(SIZE)
-    yield group
-    group.stop()
 
 
 def _with_group(rank: int, work: Callable[..., Any], settings: dict[str, Any]) -> Any:
