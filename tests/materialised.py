@@ -19,9 +19,9 @@ Gradients = dict[str, list[Tensor]]
 Loss = Callable[[Any], Tensor]  # of anything that is called as the model is
 
 
-def sgd(model: nn.Module, targets: Any) -> ReLoRAOptimizer:
-    """Return plain SGD of rate 1, with which a step subtracts exactly the gradient; B is random."""
-    optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, alpha=3.0, targets=targets, lr=1.0)
+def sgd(model: nn.Module, targets: Any, *, rank: int = 2) -> ReLoRAOptimizer:
+    """Return plain SGD of rate 1, with which a step subtracts exactly the gradient; B is random, s = 1.5."""
+    optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=rank, alpha=1.5 * rank, targets=targets, lr=1.0)
     randomise_b(optimizer, list(low_rank_parameters(model, optimizer).values()))
     return optimizer
 

@@ -182,7 +182,7 @@ def test_a_compiled_expression_of_a_matrix_has_the_eager_factor_gradients(name: 
     for compiled in (False, True):
         torch.manual_seed(0)
         model = Op((4, 5), MATRIX[name]).double()
-        optimizer = sgd(model, ["w"])
+        optimizer = sgd(model, ["w"], rank=1)
         f = optimizer.functional(model)
         (torch.compile(f, fullgraph=True) if compiled else f)(x).square().sum().backward()
         gradients.append([factor.grad for factor in optimizer.factors(model.w)])

@@ -17,6 +17,7 @@ from models import Kernel
 from torch import Tensor, nn
 
 from relora_opt import LowRankWeight
+from relora_opt.weight import is_dense_cheaper
 
 
 class Op(nn.Module):
@@ -98,7 +99,7 @@ MATRIX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # w is (4, 5), x is (
 }
 
 
-def check(model: nn.Module, x: Tensor, targets: Any) -> None:
+def check(model: nn.Module, x: Tensor, targets: Any, *, rank: int = 2) -> None:
     """Check the output, bitwise, and the factor gradients of every path against the oracle."""
 
     def loss_fn(call: Any) -> Tensor:
@@ -107,7 +108,7 @@ def check(model: nn.Module, x: Tensor, targets: Any) -> None:
         return (torch.tanh(y) * torch.arange(1.0, 1 + y.numel(), dtype=y.dtype).view(y.shape)).sum()
 
     plain_output = model(x)
-    optimizer = sgd(model, targets)
+    optimizer = sgd(model, targets, rank=rank)
     torch.testing.assert_close(optimizer.functional(model)(x), plain_output, rtol=0, atol=0)
     expected = oracle(model, optimizer, loss_fn)
     assert_equal_gradients(factor_gradients("functional", model, optimizer, loss_fn), expected)
@@ -119,10 +120,15 @@ def inputs(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("name", MATRIX)
-def test_any_expression_of_a_matrix_has_the_oracles_factor_gradients(name: str) -> None:
+def test_any_expression_of_a_matrix_has_the_oracles_factor_gradients(name: str, rank: int) -> None:
     torch.manual_seed(0)
-    check(Op((4, 5), MATRIX[name]).double(), inputs(7, 5), ["w"])
+    check(Op((4, 5), MATRIX[name]).double(), inputs(7, 5), ["w"], rank=rank)
+
+
+def test_at_one_of_these_ranks_a_product_goes_by_the_dense_gradient_and_at_the_other_it_does_not() -> None:
+    assert [is_dense_cheaper(7, 4, 5, rank) for rank in (1, 2)] == [False, True]
 
 
 def convolution(x: Tensor, w: Tensor) -> Tensor:
