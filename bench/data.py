@@ -132,16 +132,29 @@ def measure_memory(scratch: Path, tokenizer: Path, megabytes: float, suffix: str
     """Tokenize a corpus by the command; return its peak in megabytes, and the time it took."""
     path, out, start = write_corpus(scratch / f"memory{suffix}", megabytes), scratch / "memory", time.perf_counter()
     command = ["-m", "relora_opt_cli", "tokenize", str(path), "--tokenizer", str(tokenizer), "--out", str(out)]
+    peak = 0.0
     with subprocess.Popen([sys.executable, *command]) as process:
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        while process.poll() is None:
+            peak = max(peak, peak_of(process.pid))
+            time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"tokenizing {megabytes:g} MB of {suffix} ended with status {process.returncode}")
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     path.unlink()
-    peak = used.ru_maxrss * 1024 / 1e6
     return {"megabytes": megabytes, "kind": suffix, "peak_megabytes": peak, "seconds": seconds}
+
+
+def peak_of(process: int) -> float:
+    """Return the most memory that a process has had, in megabytes; 0 where it has ended.
+
+    The system's own account when a process ends counts what its parent had when it began.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def measure_batches(corpus: Corpus, *, rounds: int) -> list[Row]:

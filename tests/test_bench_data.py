@@ -1,11 +1,13 @@
 """bench.data compares like with like: the same documents for all, in turns."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import data
-from bench.data import Row, documents, in_turns, rate_table
+from bench.data import Row, documents, in_turns, peak_of, rate_table
 
 
 def test_documents_are_the_same_every_time_none_comes_twice_and_they_have_the_size_asked_for(
@@ -34,3 +36,15 @@ def test_the_ratio_is_the_median_over_rounds_of_the_first_ones_time_to_the_other
         ["alone", "5.00", "1.11", "10.00", "1.000", "10.000", "1.000"],
         ["ours", "5.00", "3.33", "5.00", "1.000", "5.000", "0.500"],
     ]
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_whoever_started_it() -> None:
+    held = bytearray(b"1" * 300_000_000)
+    script = "x = bytearray(b'1' * 50_000_000); del x; print(flush=True); input()"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 50 < peak_of(process.pid) < 250
+    assert peak_of(process.pid) == 0
+    assert held
