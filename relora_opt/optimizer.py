@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import gradients, inner, pointing, release
+from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
 from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
 from .groups import MATCHED, LowRank, Params, ResolvedGroup, Selected, resolve_added_group, resolve_groups
@@ -34,7 +34,6 @@ from .loading import check_clock, check_layouts, check_loadable, loaded, with_em
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
 from .select import Targets
-from .sharding import full
 from .state import (
     CLOCK,
     FORMAT,
@@ -191,9 +190,10 @@ class ReLoRAOptimizer(Optimizer):
                 loss = closure()
         if self._amp_skips():
             return loss
-        counts = not self._is_phantom()
+        counts = not phantom.is_phantom(self.param_groups, self.state)
         if counts and self.num_updates == 0 and self.state:
-            self._begin()
+            phantom.forget_all_(self.state)
+            self._inner = inner.Inner(self._base)
         self._make_entries()
         self._attach(takes_over=False)
         base = self._inner.current(self.param_groups, self.state)
@@ -219,7 +219,8 @@ class ReLoRAOptimizer(Optimizer):
         if counts:
             self._tick()
         else:
-            self._forget(self.selected if self._fresh is None else self._fresh)
+            fresh = self.selected if self._fresh is None else self._fresh
+            phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in fresh))
         return result if self._passes_closure else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -712,21 +713,6 @@ class ReLoRAOptimizer(Optimizer):
             self.state.pop(selected.W, None)
         self._make_entries()
 
-    def _begin(self) -> None:
-        """Drop what a phantom step, of a state taken before the first update, has made up: step counts, say."""
-        for p, entry in list(self.state.items()):
-            if is_low_rank(entry):
-                entry.update(A_state={}, B_state={})
-            else:
-                del self.state[p]
-        self._inner = inner.Inner(self._base)
-
-    def _forget(self, names: Collection[str]) -> None:
-        """Take from the state what the phantom step has made up for the factors of these weights."""
-        for W, slot, _, _ in self._selected():
-            if slot.name in names and is_low_rank(self.state.get(W)):
-                self.state[W].update(A_state={}, B_state={})
-
     def _amp_skips(self) -> bool:
         """Do a GradScaler's work, where there is one, and say whether the update must be skipped."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -739,13 +725,6 @@ class ReLoRAOptimizer(Optimizer):
             )
         gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
-
-    def _is_phantom(self) -> bool:
-        """Say whether this is the step by which torch.distributed.checkpoint makes state: it changes nothing."""
-        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        found = [part for p in self.parameters() for part in release.numbers_of(p.grad)]
-        return bool(found) and not any(bool(full(gradient.any())) for gradient in found)
 
 
 def _without_parameters(options: Group) -> Group:

@@ -236,7 +236,7 @@ MUTATIONS = (
     Mutation(
         "count the phantom step of distributed checkpoint",
         "optimizer.py",
-        "counts = not self._is_phantom()",
+        "counts = not phantom.is_phantom(self.param_groups, self.state)",
         "counts = True",
         ("test_laws_resume.py", "phantom"),
     ),
@@ -284,8 +284,8 @@ MUTATIONS = (
     ),
     Mutation(
         "leave in a template what the phantom step has made up",
-        "optimizer.py",
-        "self.state[W].update(A_state={}, B_state={})",
+        "phantom.py",
+        "state[weight.W].update(A_state={}, B_state={})",
         "pass",
         ("test_dcp.py", "phantom_step_makes_up_nothing or without_fresh"),
     ),
