@@ -35,6 +35,7 @@ from relora_opt_cli.machine import keep_freed_memory
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 from torch import Tensor
 
+from . import profiling
 from .costs import Shape, bound
 from .methods import METHODS
 
@@ -80,6 +81,7 @@ CONTENDERS = {
     "full": Contender("full-rank AdamW, compiled", "full", "full", {}),
     "full-eager": Contender("full-rank AdamW", "full", "full", _EAGER),
     "ours": Contender("relora-opt, compiled", "relora", "functional", _OURS),
+    "ours-muon": Contender("relora-opt over Muon, compiled", "relora", "functional", {**_OURS, "base": "muon"}),
     "ours-eager": Contender("relora-opt", "relora", "functional", {**_OURS, **_EAGER}),
     "dense": Contender("relora-opt, dense path, compiled", "relora", "dense", {**_OURS, "path": "dense"}),
     "peft": Contender("PEFT LoRA, compiled", "peft", "peft", _PEFT),
@@ -103,6 +105,7 @@ class Row:
         sent_bytes: gradients that a data-parallel step would send, and that lie there between backward and update.
         kept_bytes: what selected weights keep: themselves, factors, state and gradients.
         restart_seconds: a restart, or merge and reset; None where there is none.
+        profile: milliseconds of a step by kind, under torch's profiler (profiling.py); empty where nobody asked.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Row:
     sent_bytes: int
     kept_bytes: int
     restart_seconds: float | None
+    profile: dict[str, float]
 
     @property
     def median(self) -> float:
@@ -246,6 +250,10 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
         _update(step, list(islice(source, arguments.accumulate)))
     print(f"timing {arguments.repeats} updates of each", file=sys.stderr)
     times = alternate(steps, source, arguments.repeats, accumulate=arguments.accumulate)
+    profiles = {
+        key: profiling.milliseconds(step, source, repeats=arguments.profile) if arguments.profile else {}
+        for key, step in steps.items()
+    }
     rows = []
     kept = {key: (state_bytes(trainer, num_parameters), sent_bytes(trainer)) for key, trainer in trainers.items()}
     of_selected = {key: kept_bytes(trainer, shape, num_parameters) for key, trainer in trainers.items()}
@@ -263,6 +271,7 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
                 *kept[key],
                 of_selected[key],
                 restarts[key],
+                profiles[key],
             )
         )
     return rows
@@ -329,6 +338,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="METHOD")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="say where the time of a step goes")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -351,6 +361,8 @@ def main() -> None:
     title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {batch} tokens an update"
     title += "" if arguments.device == "cpu" else f", {torch.cuda.get_device_name(arguments.device)}"
     print(table(rows, arguments.accumulate * shape.num_tokens))
+    if arguments.profile:
+        print(profiling.table({row.name: row.profile for row in rows}))
     RESULTS.mkdir(exist_ok=True)
     result = {
         "command": sys.argv[1:],

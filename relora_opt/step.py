@@ -43,7 +43,11 @@ class _Place(NamedTuple):
     path: str
     W: Tensor
     key: str
-    scale: float
+    digits: str  # of s: a number that differs from an earlier model's, torch.compile would make a variable, and fail
+
+    @property
+    def scale(self) -> float:
+        return float(self.digits)
 
 
 class FunctionalModel(nn.Module):
@@ -423,7 +427,7 @@ def _places(model: nn.Module, W: Tensor, key: str, scale: float) -> Iterator[_Pl
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is W:
-                yield _Place(module, name, f"{path}.{name}" if path else name, W, key, scale)
+                yield _Place(module, name, f"{path}.{name}" if path else name, W, key, repr(float(scale)))
 
 
 def _key(name: str) -> str:

@@ -91,6 +91,20 @@ def test_the_compiled_step_equals_the_eager_one_through_the_switch_and_restarts(
 
 
 @pytest.mark.usefixtures("backend")
+def test_a_process_compiles_one_scale_after_another() -> None:
+    """A number that is another the second time, torch.compile takes for a variable of the graph."""
+    for alpha in (3.0, 5.0, 1 / 3):
+        eager, compiled = mlp(), mlp()
+        steps = [stepper("step", relora(eager, alpha=alpha), eager)]
+        steps.append(stepper("compiled", relora(compiled, alpha=alpha), compiled))
+        for u in range(3):
+            for step in steps:
+                step(*batch(u))
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("backend")
 def test_wrapping_and_a_restart_leave_the_compiled_output_as_it_was() -> None:
     model = mlp()
     x, y = batch(0)
