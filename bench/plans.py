@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from relora_opt_cli.config import load_config_file
+from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.model import PRESETS
 
 from .convergence import SIZES, TUNING_SEED, Spec

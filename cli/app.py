@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
-from .config import FIELDS, Config, UserError, load_config_file, resolve
+from .config import FIELDS, Config, UserError, resolve
+from .config_file import load_config_file
 from .output import enduring_output
 from .report import print_error
 

@@ -1,8 +1,9 @@
 """What a run is told: one flat list of options, from flags, a TOML file, a preset and what follows from the others.
 
 `Config` declares every option once: its name, type and help make the flag `--restart-every`, the key `restart_every` of
-`--config FILE.toml`, and the line of the run folder's config.toml. Options that are not given are None in the raw
-dictionaries; `resolve` fills them, flags before file before preset, and checks the whole before any work is done.
+`--config FILE.toml`, and the line of the run folder's config.toml (config_file.py reads and writes both). Options that
+are not given are None in the raw dictionaries; `resolve` fills them, flags before file before preset, and checks the
+whole before any work is done.
 
 This file imports neither torch nor the library, so that `--help` is quick.
 """
@@ -12,16 +13,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Options = dict[str, Any]
 
@@ -128,7 +122,6 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
-_MOST_BYTES = 1 << 20
 _GENERAL: Options = {
     "data": (),
     "text_field": "text",
@@ -191,7 +184,7 @@ def resolve(options: Options) -> Config:
     Raises:
         UserError: for an unknown name, a value of the wrong kind, or values that do not go together.
     """
-    _check_names(options, "options")
+    check_names(options, "options")
     given = {name: _typed(name, value) for name, value in options.items() if value is not None}
     if sum(name in given for name in ("preset", "model", "init_from")) > 1:
         raise UserError("preset, model and init_from each say what the model is: give one of them")
@@ -219,38 +212,6 @@ def changed(config: Config, options: Options) -> Config:
     config = dataclasses.replace(config, **given)
     _check(config)
     return config
-
-
-def load_config_file(path: str | Path) -> Options:
-    """Read a flat TOML file of options.
-
-    Raises:
-        UserError: for a missing file, bad TOML, or a key that is no option.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MOST_BYTES:
-                raise UserError(f"config={str(path)!r} has {size:,} bytes, more than options take: give a TOML file")
-            options = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"config={str(path)!r} cannot be read: {error.strerror}; give a TOML file") from error
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
-        raise UserError(f"config={str(path)!r} is not TOML: {error}") from error
-    _check_names(options, str(path))
-    return dict(options)
-
-
-def to_toml(config: Config) -> str:
-    """Return a resolved configuration as TOML: what `load_config_file` and `resolve` read back as the same."""
-    lines = []
-    for name in FIELDS:
-        value = getattr(config, name)
-        if value is not None and name != "tokens":  # steps say it already
-            lines.append(f"{name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
 
 
 def _preset_options(preset: str | None) -> Options:
@@ -389,7 +350,8 @@ def parse_prune(text: str) -> tuple[str, float | None]:
     raise UserError(f"prune={text!r} is not known: reset, keep, magnitude:0.9 or random:0.99, with a share of 0 to 1")
 
 
-def _check_names(options: Options, where: str) -> None:
+def check_names(options: Options, where: str) -> None:
+    """Refuse names that are no options; `where` says whose they are."""
     for name in options:
         if name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
@@ -427,18 +389,3 @@ def _number_or_word(text: str) -> float | str:
 def _is_number(value: Any) -> bool:
     is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return is_whole or isinstance(value, float)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return _toml_string(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    return repr(value)
-
-
-def _toml_string(text: str) -> str:
-    escapes = {'"': '\\"', "\\": "\\\\"}
-    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in text) + '"'

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .checkpoint import read_progress
-from .config import CHOICES, Config, UserError, load_config_file, resolve
+from .config import CHOICES, Config, UserError, resolve
+from .config_file import load_config_file
 from .device import autocast_dtype
 from .evaluation import Evaluation
 from .loss import batch_loss

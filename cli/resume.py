@@ -16,7 +16,8 @@ from .checkpoint import (
     read_identity,
     read_progress,
 )
-from .config import Config, UserError, load_config_file, resolve
+from .config import Config, UserError, resolve
+from .config_file import load_config_file
 from .export import MODEL_CONFIG
 from .format1 import upgrade_checkpoint
 from .identity import check_identity

@@ -27,7 +27,8 @@ from relora_opt import ReLoRAOptimizer
 
 from .build import make_optimizer, model_config, with_vocabulary
 from .checkpoint import checkpoints
-from .config import FIELDS, Config, UserError, to_toml
+from .config import FIELDS, Config, UserError
+from .config_file import to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .disk import write_file

@@ -18,11 +18,10 @@ from relora_opt_cli.config import (
     Config,
     UserError,
     changed,
-    load_config_file,
     parse_prune,
     resolve,
-    to_toml,
 )
+from relora_opt_cli.config_file import load_config_file, to_toml
 
 FIELD_NAMES = list(FIELDS)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from relora_opt_cli import device, machine
-from relora_opt_cli.config import Config, resolve, to_toml
+from relora_opt_cli.config import Config, resolve
+from relora_opt_cli.config_file import to_toml
 from relora_opt_cli.machine import describe, keep_compiled, num_cores, set_threads, settle, shared_threads
 
 SMALL, LARGE = 10**6, 10**12

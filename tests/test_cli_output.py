@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 from relora_opt_cli import app, train
-from relora_opt_cli.config import resolve, to_toml
+from relora_opt_cli.config import resolve
+from relora_opt_cli.config_file import to_toml
 from relora_opt_cli.output import enduring_output
 
 SAY = """

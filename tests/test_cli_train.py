@@ -12,7 +12,8 @@ import pytest
 import torch
 from relora_opt_cli.build import make_optimizer
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress
-from relora_opt_cli.config import UserError, load_config_file, resolve
+from relora_opt_cli.config import UserError, resolve
+from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.export import export_run
 from relora_opt_cli.generate import generate
 from relora_opt_cli.metrics import Row, read_metrics

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from relora_opt_cli.config import FIELDS, Config, load_config_file, resolve
+from relora_opt_cli.config import FIELDS, Config, resolve
+from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.model import PRESETS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
