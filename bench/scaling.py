@@ -25,7 +25,7 @@ import torch
 from relora_opt_cli.machine import keep_freed_memory
 
 from .costs import Shape, flops, kept
-from .step import CONTENDERS, RESULTS, alternate, batches, environment, kept_bytes
+from .step import CONTENDERS, RESULTS, alternate, batches, environment, kept_bytes, set_up
 
 _BASE, _RANK, _SEQ_LEN = Shape(512, 1360, 4, 4096, 4, 256), 32, 256
 AXES: dict[str, tuple[int, ...]] = {
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments.threads, arguments.dtype)
     keep_freed_memory()
     dtype, found = getattr(torch, arguments.dtype), {}
     for axis in arguments.axes:

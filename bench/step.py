@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments.threads, arguments.dtype)
     if not arguments.peak:
         keep_freed_memory()
     inner = round(arguments.width * 8 / 3 / 16) * 16
@@ -373,6 +373,12 @@ def main() -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, title, RESULTS / f"{name}.png")
     print(f"written: results/{name}.json and .png")
+
+
+def set_up(threads: int, dtype: str) -> None:
+    torch.set_num_threads(threads)
+    if dtype == "bfloat16":
+        torch.set_float32_matmul_precision("medium")  # as `pretrain` does: W's movement rounds as other products do
 
 
 def environment(threads: int, device: str = "cpu") -> dict[str, Any]:

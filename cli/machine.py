@@ -12,6 +12,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +85,23 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def rounded_products(dtype: str) -> Iterator[None]:
+    """Let products of float32 matrices round as those of autocast do, while something in bfloat16 lasts.
+
+    The one that counts is the movement of every low-rank weight, B'A' - BA: in float32 it takes up to a third of a
+    step. What is rounded, to three digits, is the movement and not the weight. They are TF32 on a GPU, bfloat16 on a
+    CPU that has it, and float32 elsewhere.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        if dtype != "float32":
+            torch.set_float32_matmul_precision("medium")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def keep_compiled() -> None:

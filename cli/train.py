@@ -31,7 +31,7 @@ from .export import write_export
 from .lock import locked
 from .log import Log, check_logs, open_logs
 from .loop import Loop
-from .machine import shared_threads
+from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
 from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
@@ -113,6 +113,7 @@ def train(run: Run) -> None:
 
 def _train(run: Run) -> None:
     with (
+        rounded_products(run.config.dtype),
         closing(_open_logs(run)) as log,
         View(run.config.steps, console=run.console) as view,
         Interrupts(run.processes) as interrupts,

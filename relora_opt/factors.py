@@ -84,26 +84,34 @@ def product_norm(A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def move_norm(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return the Frobenius norm of s (B' A' - B A), of [B' - B, B] [A'; A' - A]: the small differences come first.
+    """Return the Frobenius norm of s (B' A' - B A).
 
     Args:
         old: (A, B) before the step. new: (A', B') after it.
     """
-    left = torch.cat((new[1] - old[1], old[1]), dim=-1)
-    right = torch.cat((new[0], new[0] - old[0]), dim=-2)
+    left, right = _movement(old, new)
     return product_norm(right, left, scale)
 
 
 def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
-    """Move W by s (B' A' - B A) in place, as one product of rank 2r: [B', -B] [A'; A].
+    """Move W by s (B' A' - B A) in place, as one product of rank 2r.
 
     Args:
         W: (m, n), (batch, m, n), or n-D with the factors of its matrix; floating point, contiguous or not.
         old: (A, B) before the step. new: (A', B') after it.
     """
-    left = torch.cat((new[1], -old[1]), dim=-1)
-    right = torch.cat((new[0], old[0]), dim=-2)
+    left, right = _movement(old, new)
     if W.dim() == 2:
         W.addmm_(left, right, alpha=scale)
     else:
         W.add_(product(right, left, scale).view(W.shape))
+
+
+def _movement(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factors, of rank 2r, of B' A' - B A = [B' - B, B] [A'; A' - A].
+
+    The small differences come first: a product that rounds (float32 in TF32 or bfloat16, where torch is allowed to)
+    then rounds the movement. Of [B', -B] [A'; A] it would round B' A' and B A, a thousand times as large.
+    """
+    (A, B), (new_A, new_B) = old, new
+    return torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2)

@@ -149,6 +149,13 @@ MUTATIONS = (
         ("test_laws_reference.py", WALK),
     ),
     Mutation(
+        "take the movement for a difference of large products",
+        "factors.py",
+        "torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2)",
+        "torch.cat((new_B, -B), dim=-1), torch.cat((new_A, A), dim=-2)",
+        ("test_laws_step.py", "small_step_of_large_factors"),
+    ),
+    Mutation(
         "keep the factors' state at a restart",
         "prune.py",
         "if isinstance(strategy, Keep) or not state:",
@@ -425,8 +432,8 @@ MUTATIONS = (
     Mutation(
         "measure an update from where it ended",
         "factors.py",
-        "(new[1] - old[1], old[1])",
-        "(new[1] - old[1], new[1])",
+        "(new_B - B, B)",
+        "(new_B - B, new_B)",
         ("test_metrics.py", "equals_one_of_dense_matrices and float64"),
     ),
     Mutation(

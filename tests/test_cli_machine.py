@@ -10,7 +10,15 @@ import torch
 from relora_opt_cli import device, machine
 from relora_opt_cli.config import Config, resolve
 from relora_opt_cli.config_file import to_toml
-from relora_opt_cli.machine import describe, keep_compiled, num_cores, set_threads, settle, shared_threads
+from relora_opt_cli.machine import (
+    describe,
+    keep_compiled,
+    num_cores,
+    rounded_products,
+    set_threads,
+    settle,
+    shared_threads,
+)
 
 SMALL, LARGE = 10**6, 10**12
 
@@ -148,3 +156,10 @@ print(is_kept, without, faults())
     if is_kept != "True":
         pytest.skip("this system's C library has no mallopt")
     assert int(kept) < int(without) / 10
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "medium"), ("float32", "highest")])
+def test_products_of_float32_round_only_while_a_run_in_bfloat16_lasts(dtype: str, precision: str) -> None:
+    with rounded_products(dtype):
+        assert torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -256,3 +256,17 @@ def test_a_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned() -
         assert calls == list(range(7))
         runs.append({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     assert not differences(*runs)
+
+
+def test_a_small_step_of_large_factors_moves_the_weight_to_the_last_digits() -> None:
+    """Late in a cycle B A is a thousand movements large; what a product rounds, it must round of the movement."""
+    model = nn.Linear(48, 32, bias=False)
+    optimizer = relora(model, "SGD", lr=1e-5, rank=4, targets=["weight"])
+    A, B = optimizer.factors(model.weight)
+    with torch.no_grad():
+        A.normal_(), B.normal_(), model.weight.zero_()
+    before = [factor.detach().double() for factor in (A, B)]
+    model.weight.grad = torch.randn(32, 48)
+    optimizer.step()
+    exact = 3.0 / 4 * (B.detach().double() @ A.detach().double() - before[1] @ before[0])
+    assert float((model.weight.detach() - exact).norm() / exact.norm()) < 1e-4
