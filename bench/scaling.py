@@ -135,6 +135,8 @@ def draw(found: dict[str, list[Point]], title: str, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks(xs, [str(x) for x in xs])
+            ends = sorted({min(measured), max(measured)})
+            axes.set_yticks(ends, [f"{end:.0f}" for end in ends])
             axes.minorticks_off()
             axes.set_title(f"exponent {fitted[name]:.2f}, predicted {fitted[f'{name}, predicted']:.2f}", fontsize=9)
             axes.set_xlabel(axis)
