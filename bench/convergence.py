@@ -21,9 +21,8 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def _environment(device: str, *, is_compiled: bool) -> dict[str, Any]:
 
 
 def run_all(specs: list[Spec], *, workers: int, device: str = "cpu", compile: bool = True) -> int:
-    """Make the runs without a result, `workers` at a time, each in a process of its own; return how many failed."""
+    """Make the runs without a result, in so many processes; return how many failed."""
     from .texts import source
 
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -152,7 +151,8 @@ def run_all(specs: list[Spec], *, workers: int, device: str = "cpu", compile: bo
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TORCHINDUCTOR_COMPILE_THREADS="1")
     num_failed = 0
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for line in pool.map(partial(_make, device=device, compile=compile), missing):
+        made = [pool.submit(_make, spec, device=device, compile=compile) for spec in missing]
+        for line in (future.result() for future in as_completed(made)):
             num_failed += line.startswith("FAILED")
             print(line, flush=True)
     return num_failed

@@ -2,7 +2,7 @@
 
 A piece is some 262,144 characters of consecutive documents; where pieces begin depends on the documents alone, so that
 work can be taken up at any piece. Every core has a thread that encodes a piece by itself, without Python's lock but
-for its ids at the end. The threads of `tokenizers` are left out: they take a third longer (bench/README.md).
+for its ids at the end. The threads of `tokenizers` are left out: they take longer (bench/README.md).
 """
 
 from __future__ import annotations

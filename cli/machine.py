@@ -91,9 +91,9 @@ def keep_freed_memory() -> bool:
 def rounded_products(dtype: str) -> Iterator[None]:
     """Let products of float32 matrices round as those of autocast do, while something in bfloat16 lasts.
 
-    The one that counts is the movement of every low-rank weight, B'A' - BA: in float32 it takes up to a third of a
-    step. What is rounded, to three digits, is the movement and not the weight. They are TF32 on a GPU, bfloat16 on a
-    CPU that has it, and float32 elsewhere.
+    The one that counts is the movement of every low-rank weight, B'A' - BA: the larger the rank, the more of a step it
+    takes (bench/README.md). What is rounded, to three digits, is the movement and not the weight. They are TF32 on a
+    GPU, bfloat16 on a CPU that has it, and float32 elsewhere.
     """
     before = torch.get_float32_matmul_precision()
     try:

@@ -196,8 +196,7 @@ class Step:
         optimizer, model: as in `optimizer.make_step(model, ...)`.
         loss_fn: `loss_fn(model, *batch, **kwargs)` -> scalar loss, or `(loss, aux)` with `has_aux`.
         compile: whether `torch.compile` compiles the forward (and with it the backward): once for the warm start and
-        once
-            for the low-rank phase; restarts and rates do not recompile.
+            once for the low-rank phase; restarts and rates do not recompile.
         accumulate: micro-batches an update. The loss of each counts 1 / accumulate, so they should be of equal size.
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It synchronises with the
             device once an update.
