@@ -114,11 +114,13 @@ def finish_(movements: Sequence[Movement], factors: Iterable[Factors]) -> None:
         return
     new_As, new_Bs = zip(*((local(A), local(B)) for A, B in factors), strict=True)
     ranks = [A.shape[-2] for A in new_As]
-    rights = [local(movement.right) for movement in movements]
-    lefts = [local(movement.left).narrow(-1, 0, r) for movement, r in zip(movements, ranks, strict=True)]
+    pairs = list(zip(movements, ranks, strict=True))
+    lefts = [local(movement.left).narrow(-1, 0, r) for movement, r in pairs]
+    tops = [local(movement.right).narrow(-2, 0, r) for movement, r in pairs]
+    bottoms = [local(movement.right).narrow(-2, r, r) for movement, r in pairs]
     torch._foreach_sub_(lefts, new_Bs)
-    torch._foreach_sub_([right.narrow(-2, r, r) for right, r in zip(rights, ranks, strict=True)], new_As)
-    torch._foreach_copy_([right.narrow(-2, 0, r) for right, r in zip(rights, ranks, strict=True)], new_As)
+    torch._foreach_sub_(bottoms, new_As)
+    torch._foreach_copy_(tops, new_As)
 
 
 def move_norm(movement: Movement, scale: float) -> Tensor:
