@@ -434,7 +434,7 @@ MUTATIONS = (
         "factors.py",
         "    torch._foreach_copy_(tops, new_As)\n",
         "",
-        ("test_metrics.py", "equals_one_of_dense_matrices and float64"),
+        ("test_laws_reference.py", WALK),
     ),
     Mutation(
         "measure the rounded weight, not its master",
