@@ -109,8 +109,13 @@ class Config:
     save_every: int = _option("Updates between checkpoints. (default: a fifth of the run)", panel=_RUN)
     keep: int = _option("Newest checkpoints to keep. (default: 2)", panel=_RUN)
     keep_every: int | None = _option("Keep those of every so many updates too. (default: none)", panel=_RUN)
+    max_loss_jump: float = _option(
+        "Skip updates whose loss is so many standard deviations, and 1 nat, above the last 50; inf skips none. "
+        "(default: 10)",
+        panel=_RUN,
+    )
     max_skips: int = _option(
-        "Updates in a row to skip, for a loss or gradient that is not finite, before the run ends. (default: 20)",
+        "Updates in a row to skip, for a loss that jumps or is not finite, before the run ends. (default: 20)",
         panel=_RUN,
     )
     log: tuple[str, ...] = _option(
@@ -144,6 +149,7 @@ _GENERAL: Options = {
     "checkpoint_activations": False,
     "shard": False,
     "keep": 2,
+    "max_loss_jump": 10.0,
     "max_skips": 20,
     "log": (),
     "seed": 0,
@@ -288,6 +294,8 @@ def _check(config: Config) -> None:
         raise UserError(f"val_share={config.val_share} must lie above 0 and not above 0.5: it is a share of the texts")
     if not config.max_grad_norm > 0:
         raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
+    if not config.max_loss_jump > 0:
+        raise UserError(f"max_loss_jump={config.max_loss_jump} must be positive; inf skips no loss that is finite")
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: shorten it")
     if 0 < config.restart_every < config.restart_warmup:

@@ -77,7 +77,8 @@ def remember(folder: Path, *, last: int) -> None:
 
 def numbers(row: Row, seen: Metrics | None) -> dict[str, float]:
     """Return the finite numbers of an update by name."""
-    found: dict[str, Any] = {name: value for name, value in asdict(row).items() if name not in ("update", "phase")}
+    words = ("update", "phase", "skip_reason")
+    found: dict[str, Any] = {name: value for name, value in asdict(row).items() if name not in words}
     if seen is not None:
         found |= {
             "pruned_share": seen.pruned_share,

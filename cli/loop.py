@@ -1,6 +1,6 @@
 """The loop: one attempt after another, and what is due after each update.
 
-    attempt   one batch is served; its update is applied, or skipped where loss or gradient is not finite
+    attempt   one batch is served; its update is applied, or skipped where the guard refuses it (relora_opt/guard.py)
     finish    the update is evaluated where that is due, and its row written, logged and shown
 
 Batches are a function of how many were served, so an attempt is counted whether or not its update was applied.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_opt import Metrics, ReLoRAOptimizer
+from relora_opt import Guard, Metrics, ReLoRAOptimizer
 
 from .config import Config, UserError
 from .data import Batches
@@ -44,6 +44,7 @@ class Loop:
         self.batches = Batches(run.corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
         self.micro_batch_size = min(config.micro_batch_size, config.batch_size // run.processes.size)
         self.accumulate = config.batch_size // run.processes.size // self.micro_batch_size
+        self.guard = Guard(config.max_loss_jump, losses=run.progress.losses)
         self.step = self._make_step()
         self.validation = drawn_sequences(run.corpus.val, seq_len=config.seq_len).to(self.device)
         self.compiled: set[Phase] = set()
@@ -52,13 +53,20 @@ class Loop:
     def _make_step(self) -> Callable[[Tensor], Tensor]:
         run = self.run
         if run.is_sharded:
-            return DenseStep(run.optimizer, run.model, self._loss, accumulate=self.accumulate, processes=run.processes)
+            return DenseStep(
+                run.optimizer,
+                run.model,
+                self._loss,
+                accumulate=self.accumulate,
+                guard=self.guard,
+                processes=run.processes,
+            )
         return run.optimizer.make_step(
             run.model,
             self._loss,
             compile=bool(run.config.compile),
             accumulate=self.accumulate,
-            skip_nonfinite=True,
+            guard=self.guard,
             process_group=run.processes.group,
         )
 
@@ -69,20 +77,23 @@ class Loop:
         optimizer.measures_updates = is_evaluated(run.config, before + 1)
         batch = self.batches.batch(run.progress.attempts)
         loss, seconds = self._train_on(batch, phase)
+        if optimizer.num_updates != before:
+            tokens_per_second = batch[:, 1:].numel() / seconds
+            row = self._row(phase, loss=None, tokens_per_second=tokens_per_second)
+            self.unfinished = replace(row, skips=run.progress.skips, skip_reason=run.progress.skip_reason)
         run.progress = replace(
             run.progress,
             update=optimizer.num_updates,
             attempts=run.progress.attempts + 1,
             seconds=run.progress.seconds + seconds,
+            skips=0 if self.unfinished else run.progress.skips + 1,
+            skip_reason=self.guard.reason,
+            losses=tuple(self.guard.losses),
         )
-        if optimizer.num_updates != before:
-            tokens_per_second = batch[:, 1:].numel() / seconds
-            self.unfinished = self._row(phase, loss=None, tokens_per_second=tokens_per_second)
         (loss,) = (total / run.processes.size for total in run.processes.sum(loss))
         if self.unfinished is None:
-            self._count_skip(loss)
+            self._say_skip(loss)
             return
-        self.run.progress = replace(self.run.progress, skips=0)
         self.unfinished = replace(self.unfinished, loss=loss)
         self._finish(self.unfinished)
 
@@ -178,16 +189,17 @@ class Loop:
         is_coming = next_restart is not None and next_restart <= self.run.config.steps
         self.view.row(row, next_restart=next_restart if is_coming else None)
 
-    def _count_skip(self, loss: float) -> None:
+    def _say_skip(self, loss: float) -> None:
         """An update that was skipped is said, and too many in a row end the run."""
-        config, skips = self.run.config, self.run.progress.skips + 1
-        self.run.progress = replace(self.run.progress, skips=skips)
-        update = self.run.optimizer.num_updates + 1
-        self.view.say(f"update {update} skipped: loss {loss} or its gradient is not finite")
-        if skips >= config.max_skips:
+        config, progress = self.run.config, self.run.progress
+        self.view.say(f"update {progress.update + 1} skipped: {progress.skip_reason}")
+        if progress.skips >= config.max_skips:
+            remedy = "start again with lower rates"
+            if loss > self.guard.limit:
+                remedy += f", or train on such losses too: --resume {self.run.folder} --max-loss-jump inf"
             raise UserError(
-                f"{skips} updates in a row had no finite loss or gradient (lr={config.lr}, rest_lr={config.rest_lr}, "
-                f"max_skips={config.max_skips}): start again with lower rates"
+                f"{progress.skips} updates in a row were skipped, the last one because {progress.skip_reason} "
+                f"(lr={config.lr}, rest_lr={config.rest_lr}, max_skips={config.max_skips}): {remedy}"
             )
 
 

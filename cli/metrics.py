@@ -33,6 +33,8 @@ class Row:
         phase: "warm_start", "low_rank" or "full_rank".
         low_rank_ratio: |s B A| / |W| of all low-rank weights, where there is a validation loss; and
         update_rms: the root mean square of what this update moved them by. Both as in `ReLoRAOptimizer.metrics`.
+        skips: updates skipped right before this one; and
+        skip_reason: why the last of them was.
     """
 
     update: int
@@ -46,6 +48,8 @@ class Row:
     phase: Phase
     low_rank_ratio: float | None = None
     update_rms: float | None = None
+    skips: int = 0
+    skip_reason: str | None = None
 
     def to_json(self) -> str:
         """Return the row as one line of JSON, without the newline. JSON has no nan or infinity: they become null."""
@@ -131,9 +135,8 @@ def _row(line: bytes, *, where: str) -> Row:
         raise UserError(f"{where} is not JSON: {_excerpt(line)}; remove the line") from error
     if not isinstance(values, dict) or not _KINDS.keys() - _LATER <= values.keys() <= _KINDS.keys():
         raise UserError(f"{where} does not have the keys {', '.join(_KINDS)}: {_excerpt(line)}; remove the line")
-    for key, kinds in _KINDS.items():
-        value = values.get(key)
-        if type(value) not in kinds or (key == "phase" and value not in get_args(Phase)):
+    for key, value in values.items():
+        if type(value) not in _KINDS[key] or (key == "phase" and value not in get_args(Phase)):
             raise UserError(f"{where} has {key} = {json.dumps(value)}, which is no such number; remove the line")
     return Row(**values)
 
@@ -159,5 +162,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "phase": (str,),
     "low_rank_ratio": _NUMBER_OR_NULL,
     "update_rms": _NUMBER_OR_NULL,
+    "skips": (int,),
+    "skip_reason": (str, type(None)),
 }
-_LATER = {"low_rank_ratio", "update_rms"}  # older runs have no such keys
+_LATER = {"low_rank_ratio", "update_rms", "skips", "skip_reason"}  # older runs have no such keys

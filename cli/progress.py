@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from relora_opt import Guard
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -20,6 +22,8 @@ class Progress:
         is_finished: whether the run has reached its end.
         corpus: fingerprint of the texts that it trains on.
         skips: updates skipped in a row, up to now.
+        skip_reason: why the last of them was; None where there is none.
+        losses: what the guard knows, see `relora_opt.Guard`.
     """
 
     update: int
@@ -31,6 +35,8 @@ class Progress:
     is_finished: bool = False
     corpus: str = ""
     skips: int = 0
+    skip_reason: str | None = None
+    losses: tuple[float, ...] = ()
 
 
 def progress_of(values: Any) -> Progress:
@@ -40,10 +46,12 @@ def progress_of(values: Any) -> Progress:
         TypeError, ValueError: for values that no loop has.
     """
     progress = Progress(**dict(values))
-    for name, kind in get_type_hints(Progress).items():
+    kinds = {**get_type_hints(Progress), "losses": tuple}
+    for name, kind in kinds.items():
         value = getattr(progress, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name}={value!r} is not {kind}")
         if isinstance(value, int) and value < 0:
             raise ValueError(f"{name}={value} is negative")
+    Guard(losses=progress.losses)
     return progress

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from relora_opt import ReLoRAOptimizer
+from relora_opt import Guard, ReLoRAOptimizer
 
 from .model import Llama
 from .parallel import World, noticing_losses
@@ -49,7 +50,7 @@ def shard(model: Llama, processes: World, *, compile: bool) -> None:
 class DenseStep:
     """One call, one micro-batch: forward and backward, and every `accumulate`-th time the update.
 
-    An update whose loss or gradient norm is not finite in any process is skipped by all, uncounted.
+    An update that the guard refuses is skipped by all processes, uncounted.
     """
 
     def __init__(
@@ -59,24 +60,22 @@ class DenseStep:
         loss_fn: Callable[..., Tensor],
         *,
         accumulate: int,
+        guard: Guard,
         processes: World,
     ) -> None:
         self._optimizer, self._model, self._loss_fn = optimizer, model, loss_fn
-        self._accumulate, self._processes = accumulate, processes
-        self._num_micro_batches = 0
-        self._num_bad_losses = 0
+        self._accumulate, self._guard, self._processes = accumulate, guard, processes
+        self._losses: list[Tensor] = []
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Train on one micro-batch of this process's share; return the detached loss."""
         loss = self._loss_fn(self._model, tokens)
         (loss / self._accumulate).backward()
-        self._num_bad_losses += not bool(loss.isfinite())
-        self._num_micro_batches += 1
-        if self._num_micro_batches % self._accumulate == 0:
-            (num_bad,) = self._processes.sum(float(self._num_bad_losses))
-            if num_bad == 0 and self._optimizer.has_finite_gradients():
-                self._optimizer.step()
-            self._num_bad_losses = 0
+        self._losses.append(loss.detach())
+        if len(self._losses) == self._accumulate:
+            (total,) = self._processes.sum(float(torch.stack(self._losses).mean()))
+            self._guard.step(self._optimizer, total / self._processes.size)
+            self._losses.clear()
             self._optimizer.zero_grad()
         return loss.detach()
 

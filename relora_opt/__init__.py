@@ -6,6 +6,7 @@ Source: Lialin et al. 2023, "Stack More Layers Differently", arXiv 2307.05695.
 from . import prune
 from .bases import muon_beside_adamw
 from .export import save_merged
+from .guard import Guard
 from .metrics import Memory, Metrics, WeightMetrics, memory
 from .optimizer import ReLoRAOptimizer
 from .schedule import JaggedSchedule, constant, cosine, linear, wsd
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FunctionalModel",
+    "Guard",
     "JaggedSchedule",
     "LowRankWeight",
     "Memory",

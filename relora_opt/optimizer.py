@@ -49,6 +49,7 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from .guard import Guard
     from .metrics import Memory, Metrics
     from .step import FunctionalModel, Step
 
@@ -519,6 +520,7 @@ class ReLoRAOptimizer(Optimizer):
         compile: bool = True,
         accumulate: int = 1,
         skip_nonfinite: bool = False,
+        guard: Guard | None = None,
         has_aux: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> Step:
@@ -537,6 +539,7 @@ class ReLoRAOptimizer(Optimizer):
             compile=compile,
             accumulate=accumulate,
             skip_nonfinite=skip_nonfinite,
+            guard=guard,
             has_aux=has_aux,
             process_group=process_group,
         )

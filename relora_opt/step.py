@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from . import gradients
+from .guard import Guard
 from .select import PARALLEL
 from .sharding import is_sharded
 from .weight import LowRankWeight
@@ -198,8 +200,9 @@ class Step:
         compile: whether `torch.compile` compiles the forward (and with it the backward): once for the warm start and
             once for the low-rank phase; restarts and rates do not recompile.
         accumulate: micro-batches an update. The loss of each counts 1 / accumulate, so they should be of equal size.
-        skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It synchronises with the
-            device once an update.
+        skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It waits for the device
+            once an update, for these two numbers.
+        guard: skips updates whose loss jumps as well (see guard.py), and knows why the last one was skipped.
         has_aux: whether `loss_fn` returns something beside the loss.
         process_group: over whose processes the gradients are averaged, once an update; None for one process. All of
             them must make the step: it gives them the weights, buffers, factors and seed of the first one, as
@@ -216,6 +219,7 @@ class Step:
         compile: bool = True,
         accumulate: int = 1,
         skip_nonfinite: bool = False,
+        guard: Guard | None = None,
         has_aux: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -224,17 +228,15 @@ class Step:
         for name, value in {"compile": compile, "skip_nonfinite": skip_nonfinite, "has_aux": has_aux}.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r} must be True or False")
+        if not (guard is None or isinstance(guard, Guard)):
+            raise TypeError(f"guard={guard!r} must be a Guard, or None to step on whatever comes")
         if not (process_group is None or isinstance(process_group, dist.ProcessGroup)):
             raise TypeError(f"process_group={process_group!r} is no process group: torch.distributed.group.WORLD, say")
         _check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
-        self.optimizer, self.accumulate, self.skip_nonfinite, self.has_aux = (
-            optimizer,
-            accumulate,
-            skip_nonfinite,
-            has_aux,
-        )
+        self.optimizer, self.accumulate, self.has_aux = optimizer, accumulate, has_aux
+        self.guard = Guard(max_jump=inf) if guard is None and skip_nonfinite else guard
         self.process_group = process_group
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn)
@@ -246,7 +248,7 @@ class Step:
         self._forward: Callable[..., Any] = self._functional
         if compile:
             self._forward = _compiled(self._functional)
-        self._losses_are_finite = True
+        self._losses: list[Tensor] = []  # of the update that is accumulated
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
@@ -257,8 +259,8 @@ class Step:
             if self._is_compiled:
                 _backward(loss, self.accumulate)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
-        if self.skip_nonfinite:
-            self._losses_are_finite &= bool(loss.isfinite())
+        if self.guard is not None:
+            self._losses.append(loss)
         self.num_micro_batches += 1
         if self.num_micro_batches % self.accumulate == 0:
             self._update()
@@ -268,19 +270,20 @@ class Step:
         _check_process_group(self.process_group)
         if self.process_group is not None:
             gradients.average_(self._functional.parameters(), self.process_group)
-        if not self.skip_nonfinite or (self._all_losses_are_finite() and self.optimizer.has_finite_gradients()):
+        if self.guard is None:
             self.optimizer.step()
-        self._losses_are_finite = True
+        else:
+            self.guard.step(self.optimizer, self._mean_loss())
+        self._losses.clear()
         self.optimizer.zero_grad()
 
-    def _all_losses_are_finite(self) -> bool:
-        """Say whether the losses of this update were finite, in every process."""
-        if self.process_group is None:
-            return self._losses_are_finite
-        device = next(self._functional.parameters()).device
-        num_bad = torch.tensor(float(not self._losses_are_finite), device=device)
-        dist.all_reduce(num_bad, group=self.process_group)
-        return not bool(num_bad)
+    def _mean_loss(self) -> float:
+        """Return the mean of this update's losses, over all processes; it waits for the device."""
+        loss = torch.stack(self._losses).mean()
+        if self.process_group is not None:
+            loss = loss.to(next(self._functional.parameters()).device, torch.float64)
+            dist.all_reduce(loss.div_(dist.get_world_size(self.process_group)), group=self.process_group)
+        return float(loss)
 
 
 class _Loss(nn.Module):

@@ -263,10 +263,24 @@ MUTATIONS = (
     ),
     Mutation(
         "make and count non-finite updates",
-        "step.py",
-        "if not self.skip_nonfinite or ",
-        "if True or ",
+        "guard.py",
+        "if self.reason is None:",
+        "if True:",
         ("test_laws_step.py", "skip_nonfinite"),
+    ),
+    Mutation(
+        "remember what was skipped",
+        "guard.py",
+        "            optimizer.step()\n            self.losses.append(loss)",
+        "            optimizer.step()\n        self.losses.append(loss)",
+        ("test_guard.py", "excuse_the_next"),
+    ),
+    Mutation(
+        "judge a process's own loss",
+        "step.py",
+        "dist.all_reduce(loss.div_(dist.get_world_size(self.process_group)), group=self.process_group)",
+        "pass",
+        ("test_step_parallel.py", "jump_in_one_process"),
     ),
     Mutation(
         "sum micro-batches instead of averaging",

@@ -112,6 +112,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "save_every": (["5"], 5),
     "keep": (["4"], 4),
     "keep_every": (["10"], 10),
+    "max_loss_jump": (["6.5"], 6.5),
     "max_skips": (["3"], 3),
     "seed": (["-3"], -3),
 }

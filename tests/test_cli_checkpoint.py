@@ -619,7 +619,7 @@ def test_a_checkpoint_of_a_later_format_is_not_called_damaged(tmp_path: Path) ->
 def of_format_1(folder: Path, optimizer: Any, progress: Progress) -> None:
     """Make a checkpoint what the first version wrote."""
     torch.save(optimizer, folder / "optimizer.pt")
-    values = {name: value for name, value in asdict(progress).items() if name != "skips"}
+    values = {name: value for name, value in asdict(progress).items() if name not in ("skips", "skip_reason", "losses")}
     (folder / "progress.json").write_text(json.dumps({"format": 1, **values}) + "\n")
     for name in ("optimizer.safetensors", "state.json"):
         (folder / name).unlink()

@@ -366,6 +366,27 @@ if rank == {rank}: loop.Batches.batch = after(loop.Batches.batch, 5, lambda: tim
     assert "another process of this run has not answered for 0.1 minutes" in line
 
 
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=str)
+def test_a_loss_that_explodes_in_one_process_is_skipped_by_all(
+    tmp_path: Path, text: Path, shard: tuple[str, ...]
+) -> None:
+    """Three updates as they should be are what this guard wants to see; the seventh batch is spoiled in one process."""
+    body = """
+from relora_opt import guard
+guard.NUM_LOSSES = 3
+loss, attempt, number = loop.Loop._loss, loop.Loop.attempt, [0]
+def counted(self):
+    number[0] = self.run.progress.attempts
+    attempt(self)
+loop.Loop.attempt = counted
+if rank == 1: loop.Loop._loss = lambda *arguments: loss(*arguments) * (1000 if number[0] == 6 else 1)
+"""
+    run = sabotaged(tmp_path, body, *options(text), "--out", "run", *shard, fails=False)
+    (reason,) = re.findall("update 7 skipped: (.*)", run.stdout)
+    assert re.fullmatch(r"loss \d{4}\.\d is above \d\.\d+, and the last 3 had a mean of \d\.\d+", reason)
+    assert [row["skips"] for row in rows(tmp_path / "run")] == [int(update == 7) for update in range(13)]
+
+
 @pytest.mark.slow
 def test_long_work_of_one_process_is_waited_for(tmp_path: Path, text: Path) -> None:
     body = """

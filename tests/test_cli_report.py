@@ -19,7 +19,7 @@ from relora_opt_cli.report import Summary, View, print_summary
 from rich.console import Console
 
 OLD_KEYS = ["update", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "restarts", "phase"]
-KEYS = [*OLD_KEYS, "low_rank_ratio", "update_rms"]
+KEYS = [*OLD_KEYS, "low_rank_ratio", "update_rms", "skips", "skip_reason"]
 ROW = Row(
     update=7,
     tokens=7168,
@@ -64,6 +64,8 @@ rows = st.builds(
     phase=st.sampled_from(["warm_start", "low_rank", "full_rank"]),
     low_rank_ratio=numbers,
     update_rms=numbers,
+    skips=st.integers(0, 100),
+    skip_reason=st.none() | st.text(),
 )
 
 

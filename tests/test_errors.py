@@ -11,6 +11,7 @@ from models import MLP, batch, mlp, mse, relora
 from torch import nn
 
 from relora_opt import (
+    Guard,
     JaggedSchedule,
     ReLoRAOptimizer,
     constant,
@@ -452,6 +453,9 @@ MISTAKES = {
     "skip_nonfinite in words": Mistake(
         lambda: stepped_with_loss(mse, skip_nonfinite="x"), TypeError, "skip_nonfinite='x'", "True or False"
     ),
+    "a number for a guard": Mistake(lambda: stepped_with_loss(mse, guard=10.0), TypeError, "guard=10.0", "be a Guard"),
+    "no jump at all": Mistake(lambda: Guard(0.0), ValueError, "max_jump=0.0", "must be a positive number"),
+    "a guard's losses": Mistake(lambda: Guard(losses=[math.nan]), ValueError, "[nan]", "give those of a guard"),
     "has_aux a number": Mistake(lambda: stepped_with_loss(mse, has_aux=1), TypeError, "has_aux=1", "True or False"),
     "process_group by name": Mistake(
         lambda: stepped_with_loss(mse, process_group="gloo"), TypeError, "process_group='gloo'", "group.WORLD"

@@ -48,11 +48,15 @@ ROOMS: dict[str, set[str]] = {
         "restart",
         "loading",
     },
-    "step": {"gradients", "select", "sharding", "weight"},
+    "guard": set(),
+    "step": {"gradients", "guard", "select", "sharding", "weight"},
     "metrics": {"factors", "optimizer", "prune", "sharding", "state"},
     "export": {"select", "sharding"},
     "trainer": {"optimizer"},
-    "__init__": {"bases", "prune", "export", "metrics", "optimizer", "schedule", "select", "step", "trainer", "weight"},
+    "__init__": {
+        *("bases", "prune", "export", "guard", "metrics", "optimizer", "schedule", "select", "step", "trainer"),
+        "weight",
+    },
 }
 # Methods that make an object of the room above import it when they are called.
 CALLED_LATE = {("optimizer", "step"), ("optimizer", "metrics")}

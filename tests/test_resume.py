@@ -31,6 +31,8 @@ from relora_opt_cli.train import resume_run
 from tiny import CYCLE, STEPS, WARM_START, end_of, rows
 from tiny import train as run_tiny
 
+from relora_opt import guard
+
 
 class Killed(BaseException):
     """Stands for a kill: nothing in the command line catches it."""
@@ -275,8 +277,8 @@ def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(
 # ---- updates that are skipped
 
 
-def spoil_batches(patch: pytest.MonkeyPatch, numbers: range) -> None:
-    """Make the loss of these batches (from 0) nan, as a text in a strange format might."""
+def spoil_batches(patch: pytest.MonkeyPatch, numbers: range, factor: float = float("nan")) -> None:
+    """Multiply the loss of these batches (from 0), as a text in a strange format might."""
     attempt, loss, is_spoiled = Loop.attempt, Loop._loss, [False]
 
     def attempt_batch(self: Loop) -> None:
@@ -284,22 +286,42 @@ def spoil_batches(patch: pytest.MonkeyPatch, numbers: range) -> None:
         attempt(self)
 
     def loss_of_batch(self: Loop, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        return loss(self, model, tokens) * (float("nan") if is_spoiled[0] else 1.0)
+        return loss(self, model, tokens) * (factor if is_spoiled[0] else 1.0)
 
     patch.setattr(Loop, "attempt", attempt_batch)
     patch.setattr(Loop, "_loss", loss_of_batch)
 
 
+@pytest.fixture
+def quick_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard that knows enough after 4 updates."""
+    monkeypatch.setattr(guard, "NUM_LOSSES", 4)
+
+
+NAN, JUMP = r"loss nan is not finite", r"loss \d{3}\.\d+ is above \d\.\d+, and the last 4 had a mean of \d\.\d+"
+
+
+@pytest.mark.usefixtures("quick_guard")
 @pytest.mark.parametrize("killed_at", [6, 7])
-def test_batches_whose_loss_is_nan_are_skipped_counted_and_not_served_again(
-    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("factor", "reason"), [(float("nan"), NAN), (100.0, JUMP)], ids=["nan", "finite"])
+def test_batches_whose_loss_explodes_are_skipped_counted_and_not_served_again(
+    factor: float,
+    reason: str,
+    killed_at: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Batches 5 and 6 are spoiled; the run is killed in an attempt around them."""
-    spoil_batches(monkeypatch, range(5, 7))
+    spoil_batches(monkeypatch, range(5, 7), factor)
     whole = run_tiny(tmp_path, out=str(tmp_path / "whole"))
     said = capsys.readouterr().out
-    assert said.count("update 6 skipped: loss nan or its gradient is not finite") == 2
+    assert len(re.findall(f"update 6 skipped: {reason}", said)) == 2
     assert re.search(r"skipped updates +2\b", said)
+    skipped = {row.update: (row.skips, row.skip_reason) for row in rows(whole) if row.skips or row.skip_reason}
+    assert [*skipped] == [6]
+    assert skipped[6][0] == 2
+    assert re.fullmatch(reason, skipped[6][1] or "")
     progress = read_progress(checkpoints(whole)[-1])
     assert (progress.update, progress.attempts, progress.skips) == (STEPS, STEPS + 2, 0)
     with pytest.raises(Killed):
@@ -312,7 +334,8 @@ def test_batches_whose_loss_is_nan_are_skipped_counted_and_not_served_again(
 def test_too_many_skips_in_a_row_end_the_run_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_batches(monkeypatch, range(5, 1000))
     with pytest.raises(
-        UserError, match=r"3 updates in a row had no finite loss .*max_skips=3\): start again with lower"
+        UserError,
+        match=r"3 updates in a row were skipped, .* loss nan is .*max_skips=3\): start again with lower rates$",
     ):
         run_tiny(tmp_path, max_skips=3)
     run = tmp_path / "run"
@@ -320,6 +343,22 @@ def test_too_many_skips_in_a_row_end_the_run_with_the_reason(tmp_path: Path, mon
     assert (progress.update, progress.skips) == (5, 2)
     with pytest.raises(UserError, match="3 updates in a row"):  # those before it was resumed count
         resume_run(run)
+
+
+@pytest.mark.usefixtures("quick_guard")
+def test_a_loss_that_has_exploded_for_good_ends_the_run_which_may_be_told_to_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_batches(monkeypatch, range(5, 1000), 100.0)
+    run = tmp_path / "run"
+    with pytest.raises(
+        UserError, match=rf"3 updates in a row .* {JUMP} .*rates, or train .*{run} --max-loss-jump inf$"
+    ):
+        run_tiny(tmp_path, max_skips=3)
+    resume_run(run, {"max_loss_jump": float("inf")})
+    assert "max_loss_jump: 10.0 -> inf\n" in capsys.readouterr().out
+    assert rows(run)[-1].update == STEPS
+    assert rows(run)[6].skips == 2  # those that were saved
 
 
 # ---- metrics

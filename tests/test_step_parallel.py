@@ -11,7 +11,8 @@ from models import batch, mlp
 from ranks import Ranks
 from torch import Tensor, nn
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer, gradients
+from relora_opt import Guard, JaggedSchedule, ReLoRAOptimizer, gradients
+from relora_opt.guard import NUM_LOSSES
 
 SIZE = 2
 UPDATES = 7
@@ -60,6 +61,17 @@ def skips_together(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]
     assert optimizer.num_updates == 0
     step(x, y)
     return optimizer.num_updates
+
+
+def skips_a_jump_together(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
+    """The last process alone has a batch that explodes: the others' loss of it is an ordinary one."""
+    model = mlp(torch.float64)
+    guard = Guard(losses=[1.0, 1.5] * (NUM_LOSSES // 2))
+    step = optimizer_of(model).make_step(model, loss_fn, compile=False, guard=guard, process_group=group)
+    x, y = batch(0, torch.float64)
+    step(x, y)
+    step(x, y * 100 if rank == SIZE - 1 else y)
+    return guard.reason, [*guard.losses]
 
 
 def starts_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
@@ -174,6 +186,14 @@ def test_processes_with_different_models_are_refused_in_all_of_them(ranks: Ranks
 
 def test_an_update_is_skipped_by_all_or_none(ranks: Ranks) -> None:
     assert on_all(ranks, skips_together) == [1, 1]
+
+
+def test_a_jump_in_one_process_is_skipped_by_all_and_all_know_the_same(ranks: Ranks) -> None:
+    (reason, losses), other = on_all(ranks, skips_a_jump_together)
+    assert reason.startswith("loss ")
+    assert "is above" in reason
+    assert len(losses) == NUM_LOSSES
+    assert (reason, losses) == other
 
 
 def test_gradients_that_some_processes_lack_count_as_zero(ranks: Ranks) -> None:
