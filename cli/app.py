@@ -75,7 +75,7 @@ def _processes() -> Iterator[World | None]:
 
 
 def pretrain(**options: Any) -> None:
-    """Pretrain a language model: full-rank warm start, then low-rank cycles with restarts.
+    """Pretrain a language model by low-rank updates, with restarts where the run is long enough for them.
 
     With no argument: a small Llama on the State of the Union messages, in a few minutes on a laptop's CPU.
     """

@@ -30,6 +30,7 @@ def _option(help: str, *, panel: str) -> Any:
 
 _DATA, _MODEL, _LENGTH, _RATES = "Data", "Model", "Length and batch", "Base optimizer and rates"
 _LOW_RANK, _MACHINE, _RUN = "Low rank", "Machine", "Run"
+_CYCLE, _LAST_CYCLE, _FEWEST_CYCLES = 500, 450, 3  # what is shorter gains nothing by a restart: bench/README.md
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ class Config:
     )
     factor_lr: float = _option("Multiplies the rate for factors. (default: 1)", panel=_LOW_RANK)
     init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
-    warm_start: int = _option(
-        "Full-rank updates before the first cycle. (default: a twentieth of the run)", panel=_LOW_RANK
-    )
+    warm_start: int = _option("Full-rank updates before the first cycle. (default: 0)", panel=_LOW_RANK)
     restart_every: int = _option(
-        "Updates in a cycle; 0 is plain LoRA. (default: three restarts a run)", panel=_LOW_RANK
+        f"Updates in a cycle; 0 is plain LoRA. (default: {_CYCLE} or a few more in runs of {_FEWEST_CYCLES * _CYCLE} "
+        "and more, else 0)",
+        panel=_LOW_RANK,
     )
-    restart_warmup: int = _option("Updates of the ramp after a restart. (default: a tenth of a cycle)", panel=_LOW_RANK)
+    restart_warmup: int = _option(
+        "Updates of the ramp after a restart. (default: a twentieth of a cycle)", panel=_LOW_RANK
+    )
     prune: str = _option(
         "State at a restart: reset, keep, magnitude:0.9 or random:0.99. (default: reset)", panel=_LOW_RANK
     )
@@ -243,17 +246,27 @@ def _follow(filled: Options, given: Options) -> Options:
             filled[name] = value
 
     default("warmup", steps // 20)
-    default("warm_start", steps // 20)
-    default(
-        "restart_every", max(0, steps - filled["warm_start"]) // 4 + 1
-    )  # four cycles, none of which ends at the end
-    default("restart_warmup", filled["restart_every"] // 10)
+    default("warm_start", 0)
+    default("restart_every", _restart_every(steps - filled["warm_start"]))
+    default("restart_warmup", filled["restart_every"] // 20)
     default("eval_every", max(1, steps // 10))
     default("save_every", max(1, steps // 5))
     default("micro_batch_size", filled["batch_size"])
     default("rest_lr", filled["lr"])
     default("out", "")
     return filled
+
+
+def _restart_every(updates: int) -> int:
+    """Return the shortest cycle whose restarts pay in so many low-rank updates; 0 where none does.
+
+    Cycles are as equal as may be: the end of the run cuts the last one short, but leaves it `_LAST_CYCLE` updates.
+    """
+    for cycles in range(updates // _CYCLE, _FEWEST_CYCLES - 1, -1):
+        length = updates // cycles + 1  # so that none ends at the end
+        if updates - (cycles - 1) * length >= _LAST_CYCLE:
+            return length
+    return 0
 
 
 def _steps_of(tokens: int, per_update: int) -> int:

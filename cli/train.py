@@ -35,6 +35,7 @@ from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
 from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
+from .plan import describe_plan
 from .plot import plot_runs
 from .report import Summary, View, print_summary
 from .resume import config_at, config_of, cut_metrics, first_update, in_place, main_checkpoint, restored_run
@@ -51,6 +52,7 @@ def start_run(config: Config, processes: World | None = None) -> None:
     processes.on_main(lambda: check_logs(config.log))
     processes.on_main(lambda: check_new(Path(out)))
     run = new_run(config, processes)
+    say(processes, describe_plan(run.config))
     with ExitStack() as held:
         run.lock = processes.on_main(lambda: held.enter_context(claimed(run.folder)))
         processes.on_main(lambda: write_folder(run))

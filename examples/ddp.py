@@ -14,7 +14,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
     wrapped = DistributedDataParallel(model)
     schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-    optimizer = ReLoRAOptimizer(wrapped, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+    optimizer = ReLoRAOptimizer(wrapped, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
 
     torch.manual_seed(1 + dist.get_rank())  # each rank has data of its own
     for _ in range(60):

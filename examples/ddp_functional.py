@@ -16,7 +16,7 @@ def main() -> None:
     teacher = nn.Linear(32, 32)
     model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
     schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-    optimizer = ReLoRAOptimizer(model, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+    optimizer = ReLoRAOptimizer(model, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
     functional = optimizer.functional(model)
     wrapped = DistributedDataParallel(functional)
 

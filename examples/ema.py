@@ -15,7 +15,7 @@ model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95))
 compiled = torch.compile(model, backend="aot_eager")  # leave the backend out for speed
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-optimizer = ReLoRAOptimizer(compiled, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+optimizer = ReLoRAOptimizer(compiled, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
 
 for _ in range(100):
     x = torch.randn(32, 32)

@@ -9,7 +9,7 @@ torch.manual_seed(0)
 teacher = nn.Linear(32, 32)
 model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4)
-optimizer = ReLoRAOptimizer(model, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+optimizer = ReLoRAOptimizer(model, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
 
 
 def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

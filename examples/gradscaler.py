@@ -13,7 +13,7 @@ torch.manual_seed(0)
 teacher = nn.Linear(32, 32).to(device)
 model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)).to(device)
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4)
-optimizer = ReLoRAOptimizer(model, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+optimizer = ReLoRAOptimizer(model, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
 scaler = torch.amp.GradScaler(device, init_scale=2.0**24)  # too large at first: updates are skipped, and not counted
 
 for _ in range(70):

@@ -32,7 +32,7 @@ arguments = TrainingArguments(
     report_to=[],
 )
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-options = {"rank": 8, "alpha": "matched", "schedule": schedule, "max_grad_norm": 1.0}
+options = {"rank": 8, "schedule": schedule, "max_grad_norm": 1.0}
 options["lr"] = arguments.learning_rate  # the Trainer does not hand it over
 trainer = Trainer(model, arguments, train_dataset=texts, optimizer_cls_and_kwargs=(trainer_factory, options))
 trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))

@@ -18,7 +18,7 @@ starts = torch.randint(0, 64, (640, 1))
 texts = [{"input_ids": row, "labels": row} for row in (starts + 5 * torch.arange(16)) % 64]
 
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-optimizer = ReLoRAOptimizer(model, rank=8, alpha="matched", schedule=schedule, max_grad_norm=1.0, lr=3e-3)
+optimizer = ReLoRAOptimizer(model, rank=8, schedule=schedule, max_grad_norm=1.0, lr=3e-3)
 functional = optimizer.functional(model)
 
 

@@ -15,7 +15,6 @@ optimizer = ReLoRAOptimizer(
     model,
     muon_beside_adamw(weight_decay=0.0),
     rank=8,
-    alpha="matched",
     targets=["1", "3"],  # the head stays dense
     schedule=JaggedSchedule(restart_every=25, restart_warmup=5),
     lr=1e-2,

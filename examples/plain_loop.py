@@ -14,7 +14,6 @@ optimizer = ReLoRAOptimizer(
     model,
     torch.optim.AdamW,
     rank=8,
-    alpha="matched",
     targets=["0", "2"],  # the last layer is no output head here
     schedule=JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10),
     max_grad_norm=1.0,  # clips factors and dense gradients together

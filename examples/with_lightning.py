@@ -22,7 +22,7 @@ class Student(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-        optimizer = ReLoRAOptimizer(self.net, rank=8, alpha="matched", targets=["0", "2"], schedule=schedule, lr=3e-3)
+        optimizer = ReLoRAOptimizer(self.net, rank=8, targets=["0", "2"], schedule=schedule, lr=3e-3)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

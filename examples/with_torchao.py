@@ -14,7 +14,7 @@ torch.manual_seed(0)
 teacher = nn.Linear(64, 64).to(device)
 model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64)).to(device)
 schedule = JaggedSchedule(restart_every=20, restart_warmup=4, warm_start=10)
-options = {"rank": 16, "alpha": "matched", "targets": ["0", "2"], "schedule": schedule, "lr": 3e-3}
+options = {"rank": 16, "targets": ["0", "2"], "schedule": schedule, "lr": 3e-3}
 optimizer = ReLoRAOptimizer(model, AdamW8bit, prune=prune.magnitude(0.9), **options)
 
 for _ in range(65):

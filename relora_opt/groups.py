@@ -27,7 +27,7 @@ from .select import Choice, Targets, canonical_name, check_targets, parallel_pat
 
 Params = nn.Module | Iterable[Any]
 
-MATCHED = "matched"  # alpha, and a group's scale, where each weight's own is found by inner.matched_scale
+MATCHED = "matched"  # alpha, and a group's scale, where each weight's own is found by matched.matched_scale
 
 
 class Slot(NamedTuple):

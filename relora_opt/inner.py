@@ -222,54 +222,6 @@ def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     return function(optimizer) if closure is None else function(optimizer, closure)
 
 
-def matched_scale(base: Base, group: Group, shape: tuple[int, int], A: Tensor) -> float:
-    """Return the scale s with which the base's update of B moves W as far as its update of W itself would.
-
-    As far in RMS, at the same rate, for gradients of the same norm that lie in A's span. Where the size of an update
-    U goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For
-    orthonormal rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
-    "match_rms_adamw"). It is found by trying the base.
-
-    Args:
-        group: the base's options.
-        shape: (m, n) of W.
-        A: (r, n), as it is drawn.
-
-    Raises:
-        ValueError: where the base moves nothing in the trial, or not finitely.
-    """
-    m, n = shape
-    size, A = math.sqrt(m * n), A.to(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(columns: int) -> Tensor:
-        return torch.randn(m, columns, generator=generator, dtype=torch.float32).to(A.device)
-
-    with torch.autocast(A.device.type, enabled=False):
-        G, in_span = drawn(n), drawn(len(A)) @ A
-        of_factor = in_span @ A.mT * (size / in_span.norm())
-        of_dense = float(_trial_update(base, group, G * (size / G.norm())).norm())
-        once, twice = (_trial_update(base, group, of_factor * factor) for factor in (1.0, 2.0))
-        of_low_rank, ratio = float((once @ A).norm()), float(twice.norm() / once.norm())
-    if not all(math.isfinite(value) and value > 0 for value in (of_dense, of_low_rank, ratio)):
-        raise ValueError(
-            f'alpha="matched": {base.factory!r} moves a weight of shape {shape} by {of_dense}, and by {of_low_rank} '
-            "through factors, in a trial of 8 updates: give alpha as a number"
-        )
-    scale: float = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
-    return scale
-
-
-def _trial_update(base: Base, group: Group, gradient: Tensor) -> Tensor:
-    """Return what a fresh base makes of a zero matrix in its 8th update; RAdam's first ones are SGD's."""
-    scratch = torch.zeros_like(gradient)
-    optimizer = base.build([{**group, "params": [scratch], "lr": 1.0}])
-    for _ in range(8):
-        scratch.zero_().grad = gradient.clone()
-        step(optimizer)
-    return scratch
-
-
 def _trained(group: Group, state: Any) -> Iterator[Tensor]:
     """Yield what the base trains of an outer group: the factors of low-rank weights, and the other parameters."""
     for p in group["params"]:

@@ -10,8 +10,8 @@ and a restart re-draws A, zeroes B and prunes their state; it does not touch W. 
 effective weight at every moment: evaluation, `state_dict()` and export need no merging.
 
 Source: Lialin et al. 2023, arXiv 2307.05695, Algorithm 1. This file sequences; the mathematics is in factors.py,
-weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py, what a
-restart does to its state in restart.py, what is loaded in loading.py.
+weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py, its
+matched scale in matched.py, what a restart does to its state in restart.py, what is loaded in loading.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from . import prune as pruning
 from .factors import INITS, Movement, begin, draw_a, draw_generator, finish_, matrix_shape, move_norm, product
 from .groups import MATCHED, LowRank, Params, ResolvedGroup, Selected, resolve_added_group, resolve_groups
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
+from .matched import matched_scale, trial_shape
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
 from .select import Targets
@@ -64,14 +65,14 @@ class ReLoRAOptimizer(Optimizer):
             `alpha` and `factor_lr` beside the base optimizer's options.
         base: an optimizer class, or a factory `groups -> Optimizer`.
         rank: r of the factors; 0 trains everything densely.
-        alpha: scale s = alpha / rank; None means alpha = rank. "matched" gives every weight the s with which an update
-            moves it as far as the base's full-rank update at the same rate (sqrt(n / rank) for Adam), so that a tuned
-            full-rank rate carries over.
+        alpha: "matched" gives every weight the scale s with which an update moves it as far as the base's full-rank
+            update at the same rate (sqrt(n / rank) for Adam), so that a tuned full-rank rate carries over (see
+            matched.py). A number is the scale's: s = alpha / rank; None means alpha = rank, s = 1.
         targets: which weights are low-rank: a regular expression searched for in parameter names, a list of names (of
             parameters or modules, whole or their last parts), or a predicate (name, parameter) -> bool. None: the
             weights of linear layers except embeddings, tied weights and the output head.
         schedule: the clock of restarts and rates; None means a restart every 1000 updates with a ramp of 50.
-        init: how A is drawn: "kaiming" (the paper), "orthogonal", or "gradient": along the leading right singular
+        init: how A is drawn: "orthogonal", "kaiming" (the paper), or "gradient": along the leading right singular
             directions of the weight's gradient, exactly on the dense path, and by two sketches, in the first two
             updates of a cycle, on the functional path (see pointing.py).
         prune: what restarts leave of the factors' optimizer state, `prune.reset()` by default.
@@ -86,7 +87,8 @@ class ReLoRAOptimizer(Optimizer):
     Raises:
         ValueError, TypeError: for settings that cannot work, before anything is allocated.
 
-    Source: arXiv 2307.05695, Algorithm 1.
+    Source: arXiv 2307.05695, Algorithm 1. Its own scale and draw are alpha=32 at rank 128 and init="kaiming"; recipes/
+    has the rest of its settings.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> optimizer = ReLoRAOptimizer(model, torch.optim.AdamW, rank=2, lr=1e-3)
@@ -111,10 +113,10 @@ class ReLoRAOptimizer(Optimizer):
         base: Callable[..., Optimizer] = torch.optim.AdamW,
         *,
         rank: int = 128,
-        alpha: float | str | None = None,
+        alpha: float | str | None = "matched",
         targets: Targets = None,
         schedule: JaggedSchedule | None = None,
-        init: str = "kaiming",
+        init: str = "orthogonal",
         prune: pruning.Strategy | None = None,
         factor_lr: float = 1.0,
         max_grad_norm: float | None = None,
@@ -261,6 +263,7 @@ class ReLoRAOptimizer(Optimizer):
             self._attach(takes_over=True)
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
+            self._matched = {key: scale for key, scale in self._matched.items() if key[0] < num_groups}
             raise
         if self.state:
             self._make_entries()  # what is saved before its first update has its factors
@@ -597,8 +600,9 @@ class ReLoRAOptimizer(Optimizer):
         m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
         if (number, m, n) not in self._matched:
             like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
-            A = draw_a((m, n), group["rank"], init=self.init, generator=draw_generator(0, "", 0), like=like)
-            self._matched[number, m, n] = inner.matched_scale(self._base, self._options[number], (m, n), A)
+            *shape, rank = trial_shape(m, n, group["rank"])
+            A = draw_a(tuple(shape), rank, init=self.init, generator=draw_generator(0, "", 0), like=like)
+            self._matched[number, m, n] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
         return self._matched[number, m, n]
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
@@ -627,6 +631,8 @@ class ReLoRAOptimizer(Optimizer):
         """Hook the low-rank weights whose dense gradients are to be released; leave no other optimizer's hook."""
         if self.release_grads:
             self._check_sketches("with release_grads=True")
+            for selected in self._selected():
+                self._scale(selected)  # found here, and not during a backward pass that is to take little memory
             release.attach(self._selected(), self._find_to_release, takes_over=takes_over)
         elif takes_over:
             for selected in self._selected():

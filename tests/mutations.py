@@ -382,17 +382,31 @@ MUTATIONS = (
     ),
     Mutation(
         "match every base as if it were Adam",
-        "inner.py",
+        "matched.py",
         "** (1 / (1 + math.log2(ratio)))",
         "** 1.0",
         ("test_matched_scale.py", "sgd_is_matched"),
     ),
     Mutation(
         "match without A's norm",
-        "inner.py",
+        "matched.py",
         "(once @ A).norm()",
         "once.norm()",
         ("test_matched_scale.py", "first_update_moves_w_as_far"),
+    ),
+    Mutation(
+        "try a base at the rate that its factory sets",
+        "matched.py",
+        "torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0",
+        "lr",
+        ("test_matched_scale.py", "factory_that_sets_a_rate_of_0"),
+    ),
+    Mutation(
+        "try a base in a group alone",
+        "matched.py",
+        "optimizer = base.build(own)",
+        "optimizer, number = base.build([own[number]]), 0",
+        ("test_matched_scale.py", "factory_sees_its_groups"),
     ),
     Mutation(
         "show autograd functions the bare weight",

@@ -41,8 +41,8 @@ def is_whole(model: nn.Module) -> bool:
 
 
 def small(model: nn.Module, **changes: Any) -> ReLoRAOptimizer:
-    schedule = changes.pop("schedule", JaggedSchedule(0))
-    return ReLoRAOptimizer(model, torch.optim.SGD, rank=2, schedule=schedule, lr=0.1, **changes)
+    settings = {"rank": 2, "alpha": 2, "schedule": JaggedSchedule(0), "lr": 0.1}
+    return ReLoRAOptimizer(model, torch.optim.SGD, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("compile", [False, True])

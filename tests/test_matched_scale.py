@@ -9,9 +9,28 @@ import pytest
 import torch
 from models import mlp, relora, selected_weights
 from torch import nn
-from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
+from torch.optim.lr_scheduler import LambdaLR
+from torch_inventory import Case, cases
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, memory
+from relora_opt.matched import trial_shape
 
 M, N, R = 24, 96, 6
 LIKE_ADAM = math.sqrt(N / R)
@@ -37,7 +56,7 @@ EXPECTED: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
 def matched(base: Callable[..., Optimizer], shape: tuple[int, int] = (M, N), **changes: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
-    settings = {"rank": R, "alpha": "matched", "init": "orthogonal", "lr": 0.01, "weight_decay": 0.0, **changes}
+    settings = {"rank": R, "lr": 0.01, "weight_decay": 0.0, **changes}
     if base is Rprop:
         del settings["weight_decay"]
     return model[0].weight, ReLoRAOptimizer(model, base, targets=["0"], **settings)
@@ -86,11 +105,12 @@ def test_sgd_is_matched_for_a_draw_that_is_not_orthonormal_too() -> None:
 
 def test_weights_of_different_widths_have_different_scales_and_numbers_stay_what_they_are() -> None:
     model = mlp()
-    optimizer = relora(model, alpha="matched", init="orthogonal")
+    optimizer = relora(model, alpha="matched")
     first, second = selected_weights(model).values()
     assert optimizer.scale(first) == pytest.approx(math.sqrt(7 / 2))
     assert optimizer.scale(second) == pytest.approx(math.sqrt(6 / 2))
     assert relora(model, alpha=3.0).scale(first) == 1.5
+    assert relora(model, alpha=None).scale(first) == 1.0
     with pytest.raises(KeyError, match="not low-rank in this optimizer"):
         optimizer.scale(model.head.weight)
 
@@ -101,7 +121,7 @@ def test_a_group_may_have_its_own_alpha() -> None:
         {"params": [("first.weight", model.first.weight)], "rank": 2, "alpha": "matched"},
         {"params": [("second.weight", model.second.weight)], "rank": 2, "alpha": 5.0},
     ]
-    optimizer = ReLoRAOptimizer(groups, init="orthogonal")
+    optimizer = ReLoRAOptimizer(groups)
     assert optimizer.scale(model.first.weight) == pytest.approx(math.sqrt(7 / 2))
     assert optimizer.scale(model.second.weight) == 2.5
 
@@ -138,16 +158,177 @@ def test_the_scale_is_the_same_for_every_dtype_of_the_weights(dtype: torch.dtype
 def test_a_model_on_the_meta_device_has_a_scale_and_a_size() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(N, M, bias=False))
-    optimizer = ReLoRAOptimizer(model, rank=R, targets=["0"], alpha="matched", init="orthogonal")
+    optimizer = ReLoRAOptimizer(model, rank=R, targets=["0"])
     assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=1e-5)
     assert memory(optimizer).num_trainable == R * (M + N)
 
 
-def test_a_base_that_moves_nothing_is_refused() -> None:
-    class Idle(SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            return None
+# ---- as a default: bases, rates and groups of every kind
 
-    W, optimizer = matched(Idle)
-    with pytest.raises(ValueError, match=r"Idle.* moves a weight of shape \(24, 96\) by 0.0.*: give alpha as a number"):
+
+def test_the_scale_is_matched_and_a_is_orthonormal_where_nothing_is_said() -> None:
+    model = mlp()
+    optimizer = ReLoRAOptimizer(model, rank=2)
+    W = model.first.weight
+    A, _ = optimizer.factors(W)
+    assert optimizer.scale(W) == pytest.approx(math.sqrt(7 / 2))
+    assert torch.allclose(A @ A.mT, torch.eye(2), atol=1e-6)
+
+
+ALONE = (LBFGS, SparseAdam)  # they work with rank=0 alone
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.optimizer not in ALONE], ids=str)
+def test_every_optimizer_of_torch_has_its_scale(case: Case) -> None:
+    base = partial(case.optimizer, **case.options)  # with the alpha that ASGD and RMSprop have
+    model = nn.Sequential(nn.Linear(N, M, bias=False))
+    optimizer = ReLoRAOptimizer(model, base, rank=R, targets=["0"])
+    like_sgd = case.optimizer in (SGD, ASGD) or (
+        case.optimizer is Muon and case.options.get("adjust_lr_fn") != "match_rms_adamw"
+    )
+    # Muon's singular values spread as its coefficients leave them; Adagrad may begin at 0.1, Adadelta has a large eps.
+    tolerance = {Muon: 0.25, Adagrad: 0.1}.get(case.optimizer, 0.02)
+    assert optimizer.scale(model[0].weight) == pytest.approx(1.0 if like_sgd else LIKE_ADAM, rel=tolerance)
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-30, 1e6])
+def test_the_rate_does_not_matter_0_included(lr: float) -> None:
+    for base, expected in ((AdamW, LIKE_ADAM), (SGD, 1.0)):
+        W, optimizer = matched(base, lr=lr)
+        assert optimizer.scale(W) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_factory_that_sets_a_rate_of_0_does_not_matter() -> None:
+    def idle_at_first(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+        return AdamW([{**group, "lr": 0.0} for group in groups], **options)
+
+    W, optimizer = matched(idle_at_first)
+    assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-6)
+
+
+def test_a_scheduler_that_begins_at_0_trains_as_if_the_scale_had_been_given() -> None:
+    def trained(**changes: Any) -> torch.Tensor:
+        W, optimizer = matched(AdamW, **changes)
+        scheduler = LambdaLR(optimizer, lambda update: min(1.0, update / 4))
+        assert optimizer.param_groups[0]["lr"] == 0.0
+        for step in range(8):
+            W.grad = torch.randn(M, N, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            scheduler.step()
+        return W.detach()
+
+    W, optimizer = matched(AdamW)
+    assert torch.equal(trained(), trained(alpha=optimizer.scale(W) * R))
+
+
+def test_groups_with_rates_of_their_own_have_the_same_scale() -> None:
+    model = nn.Sequential(nn.Linear(N, M, bias=False), nn.Linear(M, N, bias=False), nn.Linear(N, M, bias=False))
+    groups = [
+        {"params": [model[0].weight], "rank": R, "lr": 0.0},
+        {"params": [model[1].weight], "lr": 1.0},
+        {"params": [model[2].weight], "rank": R, "lr": 1e-3, "betas": (0.5, 0.6)},
+    ]
+    optimizer = ReLoRAOptimizer(groups, rank=0, lr=0.1)
+    for W in (model[0].weight, model[2].weight):
+        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-6)
+
+
+def test_a_factory_sees_its_groups_in_the_trial() -> None:
+    def by_place(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+        matrices, rest = groups
+        return AdamW([{"betas": (0.8, 0.9), **matrices}, {"weight_decay": 0.5, **rest}], **options)
+
+    model = nn.Sequential(nn.Linear(N, M))
+    optimizer = ReLoRAOptimizer(model, by_place, rank=R, targets=["0.weight"])
+    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=1e-6)
+
+
+def test_a_base_that_passes_over_what_needs_no_gradient_has_a_scale() -> None:
+    class Careful(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if all(p.requires_grad for group in self.param_groups for p in group["params"]):
+                super().step()
+
+    W, optimizer = matched(Careful)
+    assert optimizer.scale(W) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_base_that_draws_at_random_leaves_the_random_numbers_of_the_run_alone() -> None:
+    class Noisy(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+            torch.rand(3)
+
+    W, optimizer = matched(Noisy)
+    before = torch.get_rng_state()
+    assert optimizer.scale(W) == pytest.approx(1.0, rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "expected"),
+    [
+        ((4096, 1024), 128, (4096, 1024, 128)),
+        ((8192, 28672), 128, (1024, 3584, 16)),
+        ((8192, 28672), 3, (8192, 28672, 3)),
+        ((10**6, 10**6), 4, (250_000, 250_000, 1)),
+    ],
+)
+def test_a_large_matrix_is_tried_by_a_small_one_of_its_proportions(
+    shape: tuple[int, int], rank: int, expected: tuple[int, int, int]
+) -> None:
+    assert trial_shape(*shape, rank) == expected
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("shape", [(192, 384), (384, 192)])
+def test_the_small_matrix_has_the_scale_of_the_large_one(
+    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, tolerance = EXPECTED[name]
+    W, optimizer = matched(base, shape, rank=24)
+    large = optimizer.scale(W)
+    monkeypatch.setattr("relora_opt.matched._LARGEST", 192 * 384 // 16)
+    W, optimizer = matched(base, shape, rank=24)
+    assert optimizer.scale(W) == pytest.approx(large, rel=max(1.5 * tolerance, 1e-3))  # sums of fewer numbers
+
+
+def test_releasing_gradients_finds_the_scale_before_there_are_any() -> None:
+    with pytest.raises(ValueError, match="Idle moves"):
+        matched(Idle, release_grads=True)
+    matched(Idle)
+
+
+class Idle(SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
+
+
+class Broken(SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("call train() first")
+
+
+class Contrary(SGD):
+    """The larger the gradient, the smaller the update: no scale makes it larger."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data -= p.grad / p.grad.norm() ** 2
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (Idle, r"Idle moves a weight of shape \(24, 96\) by 0.0"),
+        (Broken, r"Broken cannot be tried on a matrix \(RuntimeError: call train\(\) first\)"),
+        (Contrary, r"Contrary moves .* \(0.5 times as far for gradients twice as large\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_base_that_cannot_be_tried_is_refused_with_the_remedy_and_works_with_a_number(base: Any, words: str) -> None:
+    W, optimizer = matched(base)
+    with pytest.raises(ValueError, match=rf'alpha="matched", the default, .*{words}.*: give alpha as a number'):
         optimizer.scale(W)
+    W, optimizer = matched(base, alpha=2.0 * R)
+    assert optimizer.scale(W) == 2.0

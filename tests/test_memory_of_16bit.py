@@ -29,6 +29,8 @@ def trained(dtype: torch.dtype, weight: Tensor, gradients: Tensor, base: str, lr
         {"layer.weight": layer.weight}.items(),
         base_class,
         rank=3,
+        alpha=3,
+        init="kaiming",
         targets=["layer.weight"],
         schedule=JaggedSchedule(400, restart_warmup=20),
         **{**hyperparameters, "lr": lr},

@@ -5,11 +5,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 from relora_opt_cli.app import app
+from relora_opt_cli.build import make_schedule
+from relora_opt_cli.config import resolve
+from relora_opt_cli.config_file import load_config_file
+
+import relora_opt
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +58,20 @@ def test_the_two_lines_of_the_diff_train_a_model() -> None:
     model(torch.randn(4, 256)).square().mean().backward()
     names["optimizer"].step()  # type: ignore[attr-defined]
     assert not torch.equal(before, model[0].weight)
+
+
+def test_the_papers_settings_are_those_of_its_recipe() -> None:
+    (snippet,) = re.findall(r"```python\n(schedule = .*?)```", README, flags=re.DOTALL)
+    config = resolve(load_config_file(ROOT / "recipes" / "paper-130m.toml"))
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256))
+    names: dict[str, Any] = {"model": model, **vars(relora_opt), "torch": torch}
+    exec(compile(snippet, "README.md", "exec"), names)
+    optimizer = names["optimizer"]
+    assert (optimizer.schedule, optimizer.init) == (make_schedule(config), config.init)
+    assert optimizer.prune == relora_opt.prune.magnitude(float(config.prune.partition(":")[2]))
+    group = optimizer.param_groups[0]
+    assert (group["rank"], group["lr"], group["factor_lr"]) == (config.rank, config.lr, config.factor_lr)
+    assert group["scale"] == config.alpha / config.rank
 
 
 def test_every_file_and_flag_that_it_names_exists() -> None:

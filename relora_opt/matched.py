@@ -1,0 +1,109 @@
+"""The scale of alpha "matched": an update of the factors moves W as far as the base's own update of W would.
+
+    s^(1 + p) |U(G A^T) A| = |U(G)|        U(G): the base's update for gradient G;   |U| goes with |G|^p
+
+This file knows the base optimizer alone; whoever needs a scale asks for it by the shape of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inner import Base, step
+
+Group = dict[str, Any]
+
+_LARGEST = 2**22  # numbers in a matrix to try the base on; 16 MB, and the base's state of it, for a while
+
+
+@torch.no_grad()
+def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, num_rows: int) -> float:
+    """Return the scale s with which the base's update of B moves W as far as its update of W itself would.
+
+    As far in RMS, at the same rate, for gradients of the same norm that lie in A's span. Where the size of an update
+    U goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For
+    orthonormal rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
+    "match_rms_adamw"). It is found by trying the base, at a rate of 1: the rates that a user or a scheduler sets, 0
+    among them, do not matter. Global random numbers are as they were afterwards.
+
+    Args:
+        groups: the base's options, group by group.
+        number: the group that W is in.
+        A: (r, n), as it is drawn.
+        num_rows: m of W.
+
+    Raises:
+        ValueError: where the base cannot be tried, or moves nothing in the trial, or not finitely.
+    """
+    m, n = num_rows, A.shape[1]
+    size, A = math.sqrt(m * n), A.to(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(columns: int) -> Tensor:
+        return torch.randn(m, columns, generator=generator, dtype=torch.float32, device="cpu").to(A.device)
+
+    def tried(gradient: Tensor) -> Tensor:
+        try:
+            return _trial_update(base, groups, number, gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _untried(base, f"cannot be tried on a matrix ({type(error).__name__}: {error})") from error
+
+    devices = [] if A.device.type == "cpu" else [A.device]
+    with torch.autocast(A.device.type, enabled=False), torch.random.fork_rng(devices, device_type=A.device.type):
+        G, in_span = drawn(n), drawn(len(A)) @ A
+        of_factor = in_span @ A.mT * (size / in_span.norm())
+        of_dense = float(tried(G * (size / G.norm())).norm())
+        once, twice = (tried(of_factor * factor) for factor in (1.0, 2.0))
+        of_low_rank, ratio = float((once @ A).norm()), float(twice.norm() / once.norm())
+    # At half the update for twice the gradient no scale matters.
+    if not (all(0 < value < math.inf for value in (of_dense, of_low_rank)) and 0.5 < ratio < math.inf):
+        raise _untried(
+            base,
+            f"moves a weight of shape {(m, n)} by {of_dense}, and by {of_low_rank} through factors ({ratio} times as "
+            "far for gradients twice as large), in a trial of 8 updates",
+        )
+    scale: float = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
+    return scale
+
+
+def trial_shape(m: int, n: int, rank: int) -> tuple[int, int, int]:
+    """Return (m, n, rank), divided by the smallest number that divides all three and makes the matrix small enough.
+
+    The scale depends on their proportions alone.
+    """
+    common = math.gcd(m, n, rank)
+    divisors = (k for k in range(1, common + 1) if common % k == 0 and m * n <= k * k * _LARGEST)
+    k = next(divisors, common)
+    return m // k, n // k, rank // k
+
+
+def _untried(base: Base, why: str) -> ValueError:
+    return ValueError(
+        f'alpha="matched", the default, is found by trying the base, and {base.name} {why}: give alpha as a number; '
+        "alpha=rank is the scale 1"
+    )
+
+
+def _trial_update(base: Base, groups: list[Group], number: int, gradient: Tensor) -> Tensor:
+    """Return what a fresh base makes of a zero matrix in its 8th update; RAdam's first ones are SGD's.
+
+    The matrix is alone in its group; in each other one a number whose gradient is 0 stands for those that are there.
+    """
+    scratch, *others = (nn.Parameter(gradient.new_zeros(shape)) for shape in (gradient.shape, *[(1, 1)] * len(groups)))
+    own = [{**group, "params": [other]} for group, other in zip(groups, others, strict=True)]
+    own[number] = {**groups[number], "params": [scratch], "lr": 1.0}
+    optimizer = base.build(own)
+    lr = optimizer.param_groups[number]["lr"]
+    optimizer.param_groups[number]["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0  # a factory's, say
+    for other in others:
+        other.grad = torch.zeros_like(other)
+    for _ in range(8):
+        scratch.zero_().grad = gradient.clone()
+        step(optimizer)
+    return scratch.detach()
