@@ -158,14 +158,14 @@ _GENERAL: Options = {
     "seed": 0,
 }
 _SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 8e-3, "rank": 64}
-_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "lr": 1e-3, "batch_size": 64}
+_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "batch_size": 64, "steps": 20_000}
 PRESETS: dict[str, Options] = {
     "5m": {**_SMALL, "vocab_size": 4096},
-    "60m": {**_PAPER, "steps": 20_000},
-    "130m": {**_PAPER, "steps": 20_000},
-    "250m": {**_PAPER, "steps": 20_000},
-    "350m": {**_PAPER, "steps": 20_000},
-    "1.3b": {**_PAPER, "steps": 20_000},
+    "60m": {**_PAPER, "lr": 1e-3},  # the paper's full-rank rates (recipes/), which a matched scale carries over
+    "130m": {**_PAPER, "lr": 1e-3},
+    "250m": {**_PAPER, "lr": 5e-4},
+    "350m": {**_PAPER, "lr": 5e-4},
+    "1.3b": {**_PAPER, "lr": 2e-4},
 }
 DEFAULT_PRESET = "5m"
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, u
 
 Made = tuple[MLP, ReLoRAOptimizer]
 CASES: dict[str, dict[str, Any]] = {
-    "AdamW": {"base": "AdamW"},
+    "AdamW": {"base": "AdamW", "alpha": "matched"},
     "magnitude": {"base": "AdamW", "prune": prune.magnitude(0.5)},
     "cleared by a reset": {"base": "SGD", "dampening": 0.5},
     "gradient": {"base": "AdamW", "init": "gradient"},

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.gpu
 def _train(device: str, *, compile: bool, num_updates: int = 20) -> tuple[nn.Module, ReLoRAOptimizer]:
     model = mlp(torch.float64).to(device)
     schedule = JaggedSchedule(6, restart_warmup=2, warm_start=4)
-    optimizer = ReLoRAOptimizer(model, torch.optim.AdamW, rank=2, schedule=schedule, max_grad_norm=1.0, lr=1e-2)
+    optimizer = ReLoRAOptimizer(
+        model, torch.optim.AdamW, rank=2, alpha=2, schedule=schedule, max_grad_norm=1.0, lr=1e-2
+    )
     step = optimizer.make_step(model, lambda model, x: model(x).square().mean(), compile=compile)
     for index in range(num_updates):
         step(batch(index, torch.float64)[0].to(device))
@@ -40,7 +42,7 @@ def test_the_implementations_of_a_base_train_alike_there(options: dict[str, bool
         model = mlp(torch.float64).to(device)
         schedule = JaggedSchedule(6, restart_warmup=2, warm_start=4)
         optimizer = ReLoRAOptimizer(
-            model, torch.optim.AdamW, rank=2, schedule=schedule, lr=1e-2, release_grads=release_grads, **own
+            model, torch.optim.AdamW, rank=2, alpha=2, schedule=schedule, lr=1e-2, release_grads=release_grads, **own
         )
         for index in range(20):
             model(batch(index, torch.float64)[0].to(device)).square().mean().backward()

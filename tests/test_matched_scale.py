@@ -265,6 +265,17 @@ def test_a_base_that_draws_at_random_leaves_the_random_numbers_of_the_run_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("saved", "live"), [(None, "matched"), ("matched", None)])
+def test_a_state_keeps_the_scale_that_it_was_trained_with(saved: Any, live: Any) -> None:
+    (W, ours), (X, theirs) = matched(AdamW, alpha=saved), matched(AdamW, alpha=live)
+    for U, optimizer in ((W, ours), (X, theirs)):
+        U.grad = torch.ones_like(U)
+        optimizer.step()
+    assert ours.scale(W) != theirs.scale(X)
+    theirs.load_state_dict(ours.state_dict())
+    assert ours.scale(W) == theirs.scale(X)
+
+
 @pytest.mark.parametrize(
     ("shape", "rank", "expected"),
     [

@@ -71,6 +71,11 @@ def test_a_recipe_of_the_paper_doubles_the_factors_rate_warms_up_and_restarts(na
     assert 0 < config.restart_warmup < config.restart_every
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_a_preset_has_the_full_rank_rate_of_the_papers_recipe(name: str) -> None:
+    assert load(name).lr == resolve({"preset": PAPER[name]}).lr
+
+
 @pytest.mark.parametrize("name", TABLE_6)
 def test_an_ablation_has_exactly_the_parts_of_its_row(name: str) -> None:
     config = load(name)
