@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import UserError
-from .disk import flushed, new_folder, remove_folder, sweep
+from .disk import flushed, new_folder, partial_of, remove_folder, sweep
 from .model import Llama, load_weights
 from .nested import pack, unpack
 from .progress import Progress, progress_of
@@ -32,6 +33,8 @@ from .randomness import random_state, set_random_state
 from .record import RECORD, TENSORS, WEIGHTS, DamagedError, Record, check_files, read_record, unread, write_record
 
 _FOLDER = "checkpoints"
+Write = Callable[[dict[str, Tensor], Path], None]
+Read = Callable[[Path, Callable[[Mapping[str, Tensor]], Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Snapshot:
 
     Args:
         progress: where the loop is.
-        weights: the model's, by name, on the CPU; tied ones once.
-        tensors: of the optimizer's state and of the random numbers, on the CPU.
+        weights: the model's, by name, on the CPU; tied ones once. Of sharded ones, what this process holds.
+        tensors: of the optimizer's state and of the random numbers, likewise.
         values: all else, as `nested.pack` has it: progress, config, identity, optimizer, random.
     """
 
@@ -68,11 +71,31 @@ def snapshot(
     """
     said = {"progress": asdict(progress), "config": config, "identity": identity or {}}
     values, tensors = pack({**said, "optimizer": optimizer, "random": random_state()})
-    return Snapshot(progress, _copied(dict(model.named_parameters())), _copied(tensors), values)
+    weights = model.state_dict()  # of a sharded model it gives back what a forward pass has gathered
+    return Snapshot(
+        progress, _copied({name: weights[name] for name, _ in model.named_parameters()}), _copied(tensors), values
+    )
 
 
-def save_checkpoint(run: Path, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
+def write_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of tensors that this process holds whole.
+
+    Raises:
+        OSError, SafetensorError: where the disk refuses.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors makes its own file, for the owner alone
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def save_checkpoint(
+    run: Path, taken: Snapshot, *, keep: int, keep_every: int | None = None, write: Write = write_whole
+) -> Path:
     """Write a checkpoint, and remove all but the newest `keep` and those of every `keep_every`-th update.
+
+    Args:
+        write: writes tensors to a file; the first of several processes gets there what the others hold of them.
 
     Raises:
         UserError: where the disk refuses (full, read-only, gone); the checkpoints that were there stay.
@@ -82,16 +105,31 @@ def save_checkpoint(run: Path, taken: Snapshot, *, keep: int, keep_every: int | 
         if not run.is_dir():  # who removes a run's folder does not want it back
             raise FileNotFoundError(f"the folder {run} is gone")
         sweep(folder.parent)
-        with new_folder(folder) as partial:
-            _write(partial, taken)
+        with new_folder(folder) as place:
+            write(taken.weights, place / WEIGHTS)
+            write_all_but_weights(place, taken.values, taken.tensors, write)
         for old in _superfluous(run, keep, keep_every):
             remove_folder(old)
     return folder
 
 
-def write_all_but_weights(checkpoint: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def save_share(run: Path, taken: Snapshot, *, write: Write) -> None:
+    """Write what this process holds of a checkpoint, for the first one, which is in `save_checkpoint` meanwhile.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+    folder = checkpoint_of(run, taken.progress.update)
+    with _refused(folder):
+        write(taken.weights, partial_of(folder) / WEIGHTS)
+        write(taken.tensors, partial_of(folder) / TENSORS)
+
+
+def write_all_but_weights(
+    checkpoint: Path, values: dict[str, Any], tensors: dict[str, Tensor], write: Write = write_whole
+) -> None:
     """Make a checkpoint of a folder that has the weights."""
-    _write_tensors(tensors, checkpoint / TENSORS)
+    write(tensors, checkpoint / TENSORS)
     files = {name: flushed(checkpoint / name) for name in (WEIGHTS, TENSORS)}
     write_record(checkpoint, Record(files, values))
 
@@ -240,22 +278,35 @@ def load_checkpoint(checkpoint: Path, model: Llama, optimizer: Loadable | None =
     return read_progress(checkpoint)
 
 
-def load_state(checkpoint: Path, optimizer: Loadable) -> None:
+def read_whole(path: Path, _: Callable[[Mapping[str, Tensor]], Any]) -> dict[str, Tensor]:
+    """Read the tensors of a file."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_state(checkpoint: Path, optimizer: Loadable, read: Read = read_whole) -> None:
     """Load the optimizer's state in place, and set the random numbers.
+
+    Args:
+        read: reads the tensors of a file, or of sharded ones a part; it is also given what makes their state of them.
 
     Raises:
         UserError: for a damaged file or a state that does not fit.
     """
     path = checkpoint / TENSORS
-    tensors = _read_tensors(path)
     remedy = f"delete the folder {checkpoint} to go on from an earlier one"
     try:
+        tensors = read(path, partial(_value, checkpoint, "optimizer"))
         optimizer.load_state_dict(_value(checkpoint, "optimizer", tensors))
         random = _value(checkpoint, "random", tensors)
         if random:  # a checkpoint of format 1 had none
             set_random_state(random)
     except UserError:
         raise
+    except SafetensorError as error:
+        raise DamagedError(path, str(error)) from error
+    except OSError as error:
+        raise unread(path, error) from error
     except Exception as error:  # torch's own loading raises whatever it likes, AssertionErrors too
         raise UserError(f"{path} cannot be loaded: {error or type(error).__name__}; {remedy}") from error
 
@@ -271,33 +322,11 @@ def _refused(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(folder: Path, taken: Snapshot) -> None:
-    _write_tensors(taken.weights, folder / WEIGHTS)
-    write_all_but_weights(folder, taken.values, taken.tensors)
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it; safetensors makes its own file, for the owner alone
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DamagedError(path, str(error)) from error
-    except OSError as error:
-        raise unread(path, error) from error
-
-
-def _value(checkpoint: Path, name: str, tensors: dict[str, Tensor] | None = None) -> Any:
+def _value(checkpoint: Path, name: str, tensors: Mapping[str, Tensor] | None = None) -> Any:
     path = checkpoint / RECORD
     try:
         return unpack(read_record(checkpoint).values[name], tensors or {})

@@ -47,7 +47,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if not folder.parent.exists():
         folder.parent.mkdir()
         flush_folder(folder.parent.parent)
-    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+    partial = partial_of(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -57,6 +57,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         flush_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(folder: Path) -> Path:
+    """Return where `new_folder` fills a folder."""
+    return folder.with_name(f".{folder.name}{_PARTIAL}")
 
 
 def remove_folder(folder: Path) -> None:

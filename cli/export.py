@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from relora_opt import save_merged
 
 from .checkpoint import latest_checkpoint, load_checkpoint
 from .config import UserError
-from .model import Llama, load_config
+from .model import Llama, LlamaConfig, load_config
+from .record import WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER, MODEL_CONFIG = "tokenizer.json", "config.json"
@@ -48,27 +51,42 @@ def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | 
     Raises:
         UserError: where the folder holds something already, or cannot be written.
     """
+    name = dtype or "float32"
+    return _write(lambda path: save_merged(model, path, DTYPES[name]), model.config, tokenizer, out, name)
+
+
+def export_checkpoint(checkpoint: Path, shape: LlamaConfig, tokenizer: Tokenizer, out: Path) -> Path:
+    """Write an export whose weights are a checkpoint's file, without reading it into memory.
+
+    Raises:
+        UserError: where the folder holds something already, or cannot be written.
+    """
+    return _write(partial(shutil.copyfile, checkpoint / WEIGHTS), shape, tokenizer, out, "float32")
+
+
+def _write(
+    write_weights: Callable[[Path], object], shape: LlamaConfig, tokenizer: Tokenizer, out: Path, dtype: str
+) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} is in use: give a folder that is new or empty")
-    partial = out.with_name(f".{out.name}.partial")
+    place = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        name = dtype or "float32"
-        for file, content in _json_files(model, tokenizer, name).items():
-            (partial / file).write_text(json.dumps(content, indent=2) + "\n")
-        save_merged(model, partial / "model.safetensors", DTYPES[name])
-        (partial / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, out)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for file, content in _json_files(shape, tokenizer, dtype).items():
+            (place / file).write_text(json.dumps(content, indent=2) + "\n")
+        write_weights(place / WEIGHTS)
+        (place / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        os.replace(place, out)
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     return out
 
 
-def _json_files(model: Llama, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
-    config = model.config.to_dict(dtype)
+def _json_files(shape: LlamaConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
+    config = shape.to_dict(dtype)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
     end = ids.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end

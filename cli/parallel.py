@@ -31,6 +31,7 @@ from .report import print_error
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)  # who has not joined by then, or brought its gradients, never will
 _PATIENCE = timedelta(hours=12)  # while texts are tokenized and checkpoints written
+_WRITING = timedelta(hours=1)  # until all have written their share of a checkpoint
 _UNTIL_SAID = timedelta(seconds=10)
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,6 +48,7 @@ class World:
         rank, local_rank, size: as torchrun counts them.
         group: averages gradients; None where there is one process.
         patient: waits for long work.
+        beside: is for threads beside the training, which has the other groups.
     """
 
     rank: int = 0
@@ -54,6 +56,7 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
+    beside: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -87,18 +90,18 @@ class World:
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Do some work in the main process alone, and return its result there; the others wait until it is done."""
         result = work() if self.is_main else None
-        self._wait()
+        self.wait()
         return result
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do the same work in every process, first in the main one: what it has put into a cache the others find."""
         if self.is_main:
             result = work()
-            self._wait()
+            self.wait()
         else:
-            self._wait()
+            self.wait()
             result = work()
-        self._wait()
+        self.wait()
         return result
 
     def on_device(self, device: str) -> World:
@@ -122,11 +125,11 @@ class World:
                 f"{num_here} processes on a machine with {num_gpus} GPU{'s' * (num_gpus != 1)}, and each needs its "
                 f"own: start torchrun with --nproc-per-node {num_gpus}, or give --device cpu"
             )
-        self._wait()  # until no machine has refused
+        self.wait()  # until no machine has refused
         torch.cuda.set_device(self.local_rank)
         return replace(self, group=dist.new_group(backend="nccl", timeout=_TIMEOUT))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait for all processes, however long it takes."""
         if self.size > 1:
             dist.barrier(group=self.patient)
@@ -157,8 +160,9 @@ def world() -> Iterator[World]:
             notes = dist.PrefixStore("relora_opt", store)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
             patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            beside = dist.new_group(backend="gloo", timeout=_WRITING)
         with noticing_losses():
-            yield World(rank, local_rank, size, dist.group.WORLD, patient)
+            yield World(rank, local_rank, size, dist.group.WORLD, patient, beside)
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another process has left
         _say_once(error, rank, notes)

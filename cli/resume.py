@@ -15,6 +15,7 @@ from .checkpoint import (
     read_config,
     read_identity,
     read_progress,
+    read_whole,
 )
 from .config import Config, UserError, resolve
 from .config_file import load_config_file
@@ -28,7 +29,7 @@ from .model import load_config, load_weights
 from .parallel import World
 from .record import DamagedError, check_files, read_record
 from .run import CONFIG, METRICS, Run, prepare_run, say
-from .shard import WholeState
+from .shard import read_state
 
 
 def config_of(folder: Path) -> Config:
@@ -92,7 +93,8 @@ def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
     run = prepare_run(config, shape, processes, lambda model: load_weights(model, checkpoint))
     run.progress = replace(read_progress(checkpoint), is_finished=False)
     run.saved, run.identity = run.progress.update, identity
-    load_state(checkpoint, WholeState(run.model, run.optimizer) if run.is_sharded else run.optimizer)
+    read = partial(read_state, optimizer=run.optimizer, processes=processes) if run.is_sharded else read_whole
+    load_state(checkpoint, run.optimizer, read)
     if not run.corpus.is_known_as(run.progress.corpus):
         raise UserError(
             f"the texts are not those that {config.out} was trained on (data={list(config.data)}): restore them, or "

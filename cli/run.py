@@ -31,13 +31,13 @@ from .config import FIELDS, Config, UserError
 from .config_file import to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
-from .disk import write_file
+from .disk import crc32, write_file
 from .export import MODEL_CONFIG, TOKENIZER
 from .identity import identity_of
 from .lock import LOCK, Lock, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
-from .model import Llama, LlamaConfig, init_weights, load_weights
+from .model import Llama, LlamaConfig, init_weights, load_weights, weight_files
 from .pace import Pace
 from .parallel import World
 from .progress import Progress
@@ -87,6 +87,11 @@ def new_run(config: Config, processes: World) -> Run:
     def set_weights(model: Llama) -> None:
         if config.init_from:
             load_weights(model, config.init_from)
+            if _is_sharded(config, processes):  # each takes its part of its own files
+                processes.check_alike(
+                    [crc32(file) for file in weight_files(config.init_from)],
+                    lambda _: f"the weights are not those of rank 0 (init_from={config.init_from!r}): copy those",
+                )
         else:
             init_weights(model, seed=config.seed)
 
@@ -113,17 +118,19 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model = Llama(shape).to(device)
-    set_weights(model)
-    own = settle(config, num_parameters=model.num_parameters())
+    with torch.device("meta"):
+        own = settle(config, num_parameters=Llama(shape).num_parameters())
     dtype, is_compiled = processes.from_main((own.dtype, own.compile))
     config = replace(own, dtype=dtype, compile=is_compiled)
-    model.model.checkpoints_activations = config.checkpoint_activations
     if config.compile:
         keep_compiled()
     say(processes, describe(config))
     if _is_sharded(config, processes):
-        shard(model, processes, compile=bool(config.compile))
+        model = shard(shape, device, processes, compile=bool(config.compile))
+    else:
+        model = Llama(shape).to(device)
+    model.model.checkpoints_activations = config.checkpoint_activations
+    set_weights(model)
     optimizer = make_optimizer(model, config)
     progress = Progress(update=0, attempts=0, seconds=0.0, corpus=corpus.fingerprint)
     return Run(config, folder, console, corpus, model, optimizer, progress, processes)

@@ -1,6 +1,7 @@
 """What is saved of a run, and when: all its processes call, the first one writes.
 
-Training goes on as soon as weights and state are copied in memory; a thread writes the copy (writer.py).
+Training goes on as soon as weights and state are copied in memory; a thread writes the copy (writer.py). Of a sharded
+run every process copies and writes what it holds, and the first one joins the parts (shares.py).
 """
 
 from __future__ import annotations
@@ -9,30 +10,63 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from .checkpoint import Snapshot, checkpoint_of, save_checkpoint, save_progress, snapshot
+from .checkpoint import (
+    Snapshot,
+    Write,
+    checkpoint_of,
+    save_checkpoint,
+    save_progress,
+    save_share,
+    snapshot,
+    write_whole,
+)
 from .config import Config, UserError
 from .disk import flushed
-from .model import Llama
+from .parallel import noticing_losses
 from .run import METRICS, Run
-from .shard import gather
+from .shares import write_shares
 
 
 def save(run: Run) -> None:
-    """Begin to write a checkpoint of where the run is."""
-    model, state = gathered(run)
-    run.processes.on_main(lambda: save_on_main(run, model, state))
-
-
-def save_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
-    """Begin to write a checkpoint; where the run has one of this update, its progress alone is written, at once."""
-    config, folder = run.config, checkpoint_of(run.folder, run.progress.update)
+    """Begin to write a checkpoint of where the run is; where it has one already, its progress alone, at once."""
     run.writer.wait()  # one copy in memory at a time
-    if run.saved == run.progress.update and folder.is_dir():
-        run.check_folder()
-        save_progress(folder, run.progress, _options(config))
-        return
-    taken = snapshot(model, state, run.progress, _options(config), identity=run.identity)
+    if run.processes.from_main(_is_saved(run)):
+        run.processes.on_main(lambda: write_progress(run))
+    elif run.is_sharded:
+        _begin(run)
+    else:
+        run.processes.on_main(lambda: _begin(run))
+
+
+def save_alone(run: Run) -> None:
+    """Do what `save` does, in the main process alone, which holds all of a run that is not sharded."""
+    run.writer.wait()
+    if _is_saved(run):
+        write_progress(run)
+    else:
+        _begin(run)
+
+
+def write_progress(run: Run) -> None:
+    """Write the progress of a checkpoint that is there, in the main process."""
+    run.check_folder()
+    save_progress(checkpoint_of(run.folder, run.progress.update), run.progress, _options(run.config))
+
+
+def wait(run: Run) -> None:
+    """Return when what was begun to be saved is written: all must call, and none goes on where one could not write."""
+    run.writer.wait()
+    run.processes.wait()
+
+
+def _begin(run: Run) -> None:
+    options = _options(run.config)
+    taken = snapshot(run.model, run.optimizer.state_dict(), run.progress, options, identity=run.identity)
     run.writer.start(partial(_write, run, taken))
+
+
+def _is_saved(run: Run) -> bool:
+    return run.saved == run.progress.update and checkpoint_of(run.folder, run.progress.update).is_dir()
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -40,6 +74,16 @@ def _options(config: Config) -> dict[str, Any]:
 
 
 def _write(run: Run, taken: Snapshot) -> None:
+    write = partial(write_shares, processes=run.processes) if run.is_sharded else write_whole
+    with noticing_losses():
+        if run.processes.is_main:
+            _write_on_main(run, taken, write)
+        else:
+            save_share(run.folder, taken, write=write)
+    run.saved = taken.progress.update
+
+
+def _write_on_main(run: Run, taken: Snapshot, write: Write) -> None:
     run.check_folder()
     metrics = run.folder / METRICS
     try:
@@ -47,10 +91,4 @@ def _write(run: Run, taken: Snapshot) -> None:
             flushed(metrics)  # a power cut leaves no checkpoint without its rows
     except OSError as error:
         raise UserError(f"{metrics} cannot be written: {error.strerror or error}") from error
-    save_checkpoint(run.folder, taken, keep=run.config.keep, keep_every=run.config.keep_every)
-    run.saved = taken.progress.update
-
-
-def gathered(run: Run) -> tuple[Llama, dict[str, Any]]:
-    """Return the whole model and the optimizer's state; of sharded runs, on the main process alone."""
-    return gather(run.model, run.optimizer) if run.is_sharded else (run.model, run.optimizer.state_dict())
+    save_checkpoint(run.folder, taken, keep=run.config.keep, keep_every=run.config.keep_every, write=write)

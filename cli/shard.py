@@ -2,49 +2,44 @@
 
     shard        a model whose processes each hold a part of every weight
     DenseStep    `step(tokens) -> loss` on it, on the dense path, as `make_step` gives on a whole model
-    gather       weights and state as one process would hold them: what a checkpoint keeps
-    WholeState   loads such a state into a sharded optimizer
+    read_state   reads of a saved optimizer what this process is to hold
 
-Checkpoints are those of runs that are not sharded, so a run may go on either way.
+Checkpoints are those of runs that are not sharded (shares.py), so a run may go on either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed.tensor as sharded
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 
 from relora_opt import Guard, ReLoRAOptimizer
 
-from .model import Llama
-from .parallel import World, noticing_losses
-
-_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole on the first process, nothing elsewhere
-_WHOLE = StateDictOptions(full_state_dict=True)
+from .model import Llama, LlamaConfig
+from .parallel import World
+from .shares import read_shares
 
 
-def shard(model: Llama, processes: World, *, compile: bool) -> None:
-    """Shard the first process's model, layer by layer, in place; the others have one of its shape."""
+def shard(shape: LlamaConfig, device: torch.device, processes: World, *, compile: bool) -> Llama:
+    """Return a model that is sharded layer by layer, and whole nowhere; its weights are still to be set."""
     assert processes.group is not None
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), group=processes.group, group_src=0)
-    mesh = DeviceMesh.from_group(processes.group, next(model.parameters()).device.type)
+    with torch.device("meta"):
+        model = Llama(shape)
+    mesh = DeviceMesh.from_group(processes.group, device.type)
     for layer in model.model.layers:
         if compile:
             layer.compile()
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model.to_empty(device=device)
 
 
 class DenseStep:
@@ -80,56 +75,42 @@ class DenseStep:
         return loss.detach()
 
 
-def gather(model: Llama, optimizer: ReLoRAOptimizer) -> tuple[Llama, dict[str, Any]]:
-    """Return the whole model and `optimizer.state_dict()` as a run that is not sharded has them.
+def read_state(
+    path: Path, nested: Callable[[Mapping[str, Tensor]], Any], optimizer: ReLoRAOptimizer, processes: World
+) -> dict[str, Tensor]:
+    """Read the file of a saved optimizer's tensors, each process what it is to hold of them: all must call.
 
-    All processes must call; what all but the first get is of no use.
+    Args:
+        nested: gives `state_dict()` back as it was saved, from the tensors by their names in the file.
     """
-    weights = get_model_state_dict(model, options=_GATHERED)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
-    if not weights:
-        return model, {}
-    whole = Llama(model.config)
-    whole.load_state_dict(weights)
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    return whole, {
-        "state": {numbers[name]: entry for name, entry in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
-        ],
-    }
+    with safe_open(str(path), framework="pt") as file:
+        saved = {name: torch.empty_like(file.get_tensor(name), device="meta") for name in file.keys()}  # noqa: SIM118
+    parts = {id(tensor): part for tensor, part in _parts(nested(saved), optimizer)}
+    tensors = {name: parts.get(id(tensor), torch.empty_like(tensor, device="cpu")) for name, tensor in saved.items()}
+    read_shares(tensors, path.parent, processes)
+    return tensors
 
 
-class WholeState:
-    """A sharded optimizer, to be loaded with the state that one process would hold."""
+def _parts(state: dict[str, Any], optimizer: ReLoRAOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the tensors of a state that are to be sharded, each with what is to hold its numbers.
 
-    def __init__(self, model: Llama, optimizer: ReLoRAOptimizer) -> None:
-        self._model, self._optimizer = model, optimizer
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    Whatever has the shape of a weight W or a factor lies as that does: W and B by rows, A in every process.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, W in enumerate(parameters):
+        entry = state["state"].get(number, {})
+        layouts = {W.shape: W.placements}
+        if "A" in entry:
+            layouts |= {entry["A"].shape: [Replicate()], entry["B"].shape: W.placements}
+        for tensor in _tensors(entry):
+            if tensor.shape in layouts:
+                layout = {"device_mesh": W.device_mesh, "placements": layouts[tensor.shape]}
+                yield tensor, sharded.empty(tensor.shape, dtype=tensor.dtype, **layout)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that every process has read whole; each keeps its part.
 
-        Raises:
-            ValueError, KeyError: for a state that does not fit.
-        """
-        if not any(state_dict["state"].values()):  # torch finds no device in it; there is nothing to share out either
-            self._optimizer.load_state_dict(state_dict)
-            return
-        first = state_dict["param_groups"][0]
-        entries = {self._names[number]: entry for number, entry in state_dict["state"].items()}
-        self._optimizer.set_clock(
-            num_updates=first["num_updates"],
-            num_restarts=first["num_restarts"],
-            last_restart=first["last_restart"],
-            fresh=[name for name, entry in entries.items() if "A" in entry and not entry["A_state"]],
-        )
-        groups = [
-            {**group, "params": [self._names[number] for number in group["params"]]}
-            for group in state_dict["param_groups"]
-        ]
-        named: Any = {"state": entries, "param_groups": groups}
-        with noticing_losses():
-            set_optimizer_state_dict(self._model, self._optimizer, named, options=_WHOLE)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -15,32 +15,30 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from relora_opt import memory
 
 from .changes import changes, settled
-from .checkpoint import latest_checkpoint, read_progress
+from .checkpoint import checkpoint_of, latest_checkpoint, read_progress
 from .config import Config, Options, changed
 from .device import available_device
-from .export import write_export
+from .export import export_checkpoint
 from .lock import locked
 from .log import Log, check_logs, open_logs
 from .loop import Loop
 from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
-from .model import Llama
 from .parallel import LostProcessError, World, noticing_losses
 from .plan import describe_plan
 from .plot import plot_runs
 from .report import Summary, View, print_summary
 from .resume import config_at, config_of, cut_metrics, first_update, in_place, main_checkpoint, restored_run
 from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
-from .saving import gathered, save, save_on_main
+from .saving import save, save_alone, wait, write_progress
 from .signals import Interrupts
 
 
@@ -58,7 +56,7 @@ def start_run(config: Config, processes: World | None = None) -> None:
         processes.on_main(lambda: write_folder(run))
         held.enter_context(run.writer)
         save(run)
-        run.writer.wait()  # from here on the run can be resumed
+        wait(run)  # from here on the run can be resumed
         train(run)
 
 
@@ -147,18 +145,19 @@ def _update(run: Run, loop: Loop, interrupts: Interrupts) -> None:
         if optimizer.num_updates % config.save_every == 0 or is_last or number:
             save(run)
         if number and not is_last:
-            run.writer.wait()
+            wait(run)
             run.processes.on_main(lambda: loop.view.say(f"stopped; {_how_to_go_on(run)}"))
             raise SystemExit(128 + number)
-    run.processes.on_main(run.writer.wait)  # the last checkpoint is whole before a Ctrl-C ends the run at once
+    wait(run)  # the last checkpoint is whole before a Ctrl-C ends the run at once
 
 
 def _save_what_is_left(run: Run, loop: Loop) -> int:
     """Save in the first process when another is lost; return the newest checkpoint's update."""
     if not run.is_sharded:  # what others held of a sharded run is gone
         loop.report_unfinished()
-        save_on_main(run, run.model, run.optimizer.state_dict())
-    run.writer.wait()
+        save_alone(run)
+    with suppress(LostProcessError):  # the other may have been lost when it had written its part, or before
+        run.writer.wait()
     return read_progress(latest_checkpoint(run.folder)).update
 
 
@@ -181,18 +180,21 @@ def _open_logs(run: Run) -> Log:
 
 def _close(run: Run) -> None:
     """Export, draw, say how it went, and save for the last time: a run without that is closed again by resuming."""
-    model, state = gathered(run)
-    run.processes.on_main(lambda: _close_on_main(run, model, state))
+    save(run)  # the last checkpoint is there, unless somebody has taken it away
+    wait(run)
+    run.processes.on_main(lambda: _close_on_main(run))
 
 
-def _close_on_main(run: Run, model: Llama, state: dict[str, Any]) -> None:
+def _close_on_main(run: Run) -> None:
     config, folder, progress = run.config, run.folder, run.progress
     run.check_folder()
     shutil.rmtree(folder / "export", ignore_errors=True)  # of a run that was killed right here
-    export = write_export(model, run.corpus.tokenizer, folder / "export")
+    export = export_checkpoint(
+        checkpoint_of(folder, progress.update), run.model.config, run.corpus.tokenizer, folder / "export"
+    )
     curves = plot_runs([folder], None)
     run.progress = replace(run.progress, is_finished=True)
-    save_on_main(run, model, state)
+    write_progress(run)
     sizes = memory(run.optimizer)
     tokens = progress.update * config.batch_size * config.seq_len
     summary = Summary(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from relora_opt_cli.checkpoint import read_config, read_progress, save_progress
+from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress
 from relora_opt_cli.config import UserError
 from relora_opt_cli.parallel import World, world
 from safetensors.torch import load_file
@@ -152,6 +152,17 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def forms(run: Path) -> dict[str, Any]:
+    """Return the files of a run's last checkpoint, with the dtypes and shapes of all tensors in them."""
+    folder = run / "checkpoints" / f"{last_save(run):08d}"
+    return {
+        path.name: {name: (tensor.dtype, tensor.shape) for name, tensor in load_file(path).items()}
+        if path.suffix == ".safetensors"
+        else None
+        for path in folder.iterdir()
+    }
+
+
 def column(some: list[dict[str, Any]], key: str) -> list[Any]:
     return [row[key] for row in some if row[key] is not None]
 
@@ -182,6 +193,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, text: Path, extra: tu
     exports = [load_file(tmp_path / run / "export" / "model.safetensors") for run in ("one", "two")]
     for name, weight in exports[0].items():
         torch.testing.assert_close(exports[1][name], weight, rtol=1e-3, atol=1e-4)
+    assert forms(tmp_path / "one") == forms(tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -420,36 +432,79 @@ def test_a_process_that_never_joins_is_not_waited_for(tmp_path: Path, rank: int)
     assert line.startswith(f"rank {rank}: the 2 processes have not all met within 0.0166667 minutes (")
 
 
+WHOLE_NOWHERE = """
+from torch.distributed.tensor import DTensor
+full_tensor = DTensor.full_tensor
+def of_one_number(self, **options):
+    assert self.numel() == 1, "a tensor was gathered"
+    return full_tensor(self, **options)
+DTensor.full_tensor = of_one_number
+"""
+
+
 @pytest.mark.slow
-def test_a_sharded_run_whose_base_keeps_no_state_goes_on(tmp_path: Path, text: Path) -> None:
-    """Plain SGD, in the warm start and after it; the weights end bitwise where they would have."""
-    settings = [*options(text), "--base", "sgd", "--betas", 0, 0, "--shard", "--save-every", 2, "--keep", 9]
-    pretrain(tmp_path, 2, *settings, "--out", "whole").check_returncode()
+@pytest.mark.parametrize("base", [("adamw",), ("sgd", "--betas", 0, 0)], ids=str)
+def test_a_sharded_run_goes_on_bitwise_and_is_whole_nowhere(tmp_path: Path, text: Path, base: tuple[Any, ...]) -> None:
+    """In the warm start and after it; plain SGD keeps no state."""
+    settings = [*options(text), "--base", *base, "--shard", "--save-every", 2, "--keep", 9]
+    sabotaged(tmp_path, WHOLE_NOWHERE, *settings, "--out", "whole", fails=False)
     for stop in (2, 6):
         shutil.copytree(tmp_path / "whole", tmp_path / "run")
         for path in (tmp_path / "run" / "checkpoints").iterdir():
             if int(path.name) > stop:
                 shutil.rmtree(path)
-        pretrain(tmp_path, 2, "--resume", "run").check_returncode()
+        sabotaged(tmp_path, WHOLE_NOWHERE, "--resume", "run", fails=False)
         exports = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("whole", "run")]
         assert exports[0] == exports[1]
         shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=str)
-def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved(
-    tmp_path: Path, text: Path, shard: tuple[str, ...]
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_while_it_writes_its_share_costs_no_earlier_checkpoint(
+    tmp_path: Path, text: Path, victim: int
 ) -> None:
-    """The second checkpoint finds no room: files of the main process have 1 MB at most from then on."""
-    body = """
+    body = f"""
+from relora_opt_cli import shares
+if rank == {victim}: shares.save = after(shares.save, 4, die)
+"""
+    run = sabotaged(tmp_path, body, *options(text), "--save-every", 3, "--out", "run", "--shard")
+    (line,) = said(run)
+    assert line == (
+        f"rank {1 - victim}: another process of this run has ended without a word, killed perhaps; "
+        "to go on: relora-opt pretrain --resume run"
+    )
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["00000000"]
+    pretrain(tmp_path, 1, "--resume", "run").check_returncode()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_without_a_shared_folder_is_refused_once(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "there").mkdir()
+    run = sabotaged(tmp_path, "if rank == 1: os.chdir('there')", *options(text), "--out", "run", "--shard")
+    (line,) = said(run)
+    assert line == (
+        "rank 1: run/checkpoints/.00000000.partial/model.safetensors.parts, which rank 0 has made, is not there: give "
+        "all machines one folder, on a shared disk"
+    )
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "victim"), [((), 0), (("--shard",), 0), (("--shard",), 1)], ids=str)
+def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved(
+    tmp_path: Path, text: Path, shard: tuple[str, ...], victim: int
+) -> None:
+    """The second checkpoint finds no room: files of one process have 1 MB at most from then on."""
+    body = f"""
 def fill():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-if rank == 0: saving.save_checkpoint = after(saving.save_checkpoint, 2, fill)
+name = "save_share" if rank else "save_checkpoint"
+if rank == {victim}: setattr(saving, name, after(getattr(saving, name), 2, fill))
 """
     run = sabotaged(tmp_path, body, *options(text), "--save-every", 3, "--out", "run", *shard)
     (line,) = said(run)
-    assert line.startswith("rank 0: checkpoint run/checkpoints/00000003 could not be written: ")
+    assert line.startswith(f"rank {victim}: checkpoint run/checkpoints/00000003 could not be written: ")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["00000000"]
     pretrain(tmp_path, 1, "--resume", "run").check_returncode()
 

@@ -239,7 +239,7 @@ def test_an_interrupt_after_the_last_update_leaves_its_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "save_checkpoint", slowly)
-        patch.setattr(train, "write_export", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(train, "export_checkpoint", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit) as end:
             run_tiny(tmp_path)
     run = tmp_path / "run"

@@ -12,7 +12,7 @@ from .cache import KeyValueCache
 from .network import Llama
 from .rope import LinearRope, Llama3Rope
 from .shape import PRESETS, LlamaConfig, load_config
-from .weights import init_weights, load_weights
+from .weights import init_weights, load_weights, weight_files
 
 __all__ = [
     "PRESETS",
@@ -24,4 +24,5 @@ __all__ = [
     "init_weights",
     "load_config",
     "load_weights",
+    "weight_files",
 ]

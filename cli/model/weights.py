@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import UserError
 from .network import Llama
@@ -32,7 +33,8 @@ def init_weights(model: Llama, *, seed: int) -> None:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2:
             drawn = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.copy_(drawn.normal_(0.0, model.config.initializer_range, generator=generator))
+            drawn.normal_(0.0, model.config.initializer_range, generator=generator)
+            parameter.copy_(_cut(drawn, parameter))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -48,7 +50,7 @@ def load_weights(model: Llama, folder: Path | str) -> None:
     """
     folder = Path(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    files = _weight_files(folder)
+    files = weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _opened(file) as weights:
@@ -61,13 +63,42 @@ def load_weights(model: Llama, folder: Path | str) -> None:
     for file in files:
         with _opened(file) as weights:
             for key in sorted(parameters.keys() & set(weights.keys())):
-                parameter, value = parameters[key], weights.get_tensor(key)
+                parameter = parameters[key]
+                value = _cut(weights.get_tensor(key), parameter)  # read from the disk where it is touched
                 if id(parameter) in copied and not torch.equal(parameter, value.to(parameter)):
                     raise UserError(
                         f"{folder} holds two different values for {key!r}: set tie_word_embeddings to false"
                     )
                 parameter.copy_(value)
                 copied.add(id(parameter))
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """Return model.safetensors of a folder, or the shards of its index.
+
+    Raises:
+        UserError: for neither, or an index that is none.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{folder} holds neither {single.name} nor {index.name}: give a folder of safetensors weights")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no 'weight_map' from keys to file names: download or export it again")
+    for name in sorted(set(names.values())):
+        if name in ("", "..") or name != Path(name).name or not name.isprintable():
+            raise UserError(f"{index} names {reprlib.repr(name)}, which is no file of its folder: correct it")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _cut(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a whole tensor, the same in every process, laid out as a parameter: of a sharded one, this part of it."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _check_dtype(key: str, dtype: str, file: Path) -> None:
@@ -92,21 +123,6 @@ def _check_keys(parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int
     for key, parameter in parameters.items():
         if id(parameter) not in given:
             raise UserError(f"{folder} lacks {key!r} of shape {tuple(parameter.shape)}: {remedy}")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{folder} holds neither {single.name} nor {index.name}: give a folder of safetensors weights")
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index} has no 'weight_map' from keys to file names: download or export it again")
-    for name in sorted(set(names.values())):
-        if name in ("", "..") or name != Path(name).name or not name.isprintable():
-            raise UserError(f"{index} names {reprlib.repr(name)}, which is no file of its folder: correct it")
-    return [folder / name for name in sorted(set(names.values()))]
 
 
 @contextmanager
