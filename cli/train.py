@@ -35,6 +35,7 @@ from .metrics import MetricsFile
 from .parallel import LostProcessError, World, noticing_losses
 from .plan import describe_plan
 from .plot import plot_runs
+from .record import read_record
 from .report import Summary, View, print_summary
 from .resume import config_at, config_of, cut_metrics, first_update, in_place, main_checkpoint, restored_run
 from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
@@ -79,6 +80,9 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         processes.check_alike(
             progress,
             lambda other: f"{checkpoint} is not that of rank 0 ({progress} here, {other} there): copy that one",
+        )
+        processes.check_alike(
+            read_record(checkpoint).files, lambda _: f"{checkpoint} has other files than that of rank 0: copy that one"
         )
         before = config_at(checkpoint, told)
         config = settled(before, config)

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress
+from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress, write_all_but_weights
 from relora_opt_cli.config import UserError
 from relora_opt_cli.parallel import World, world
-from safetensors.torch import load_file
+from relora_opt_cli.record import TENSORS, read_record
+from safetensors.torch import load_file, save_file
 
 OPTIONS = "--vocab-size 300 --seq-len 16 --batch-size 8 --rank 8 --restart-every 4 --restart-warmup 2 --warm-start 3"
 
@@ -488,6 +489,29 @@ def test_a_sharded_run_without_a_shared_folder_is_refused_once(tmp_path: Path, t
         "all machines one folder, on a shared disk"
     )
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_not_put_together_from_different_weights(tmp_path: Path, text: Path) -> None:
+    """Every process takes its part of the files that it sees: of weights to begin with, and of a checkpoint."""
+    pretrain(tmp_path, 1, *options(text), "--out", "run", "--save-every", 6).check_returncode()
+    shutil.copytree(tmp_path / "run", tmp_path / "there" / "run")
+    changed = tmp_path / "there" / "run" / "export" / "model.safetensors"
+    weights = load_file(changed)
+    save_file({**weights, "model.norm.weight": 2 * weights["model.norm.weight"]}, changed, metadata={"format": "pt"})
+    body = "if rank == 1: os.chdir('there')"
+    begun = [*options(text), "--init-from", "run/export", "--out", "new", "--shard"]
+    (line,) = said(sabotaged(tmp_path, body, *begun))
+    assert line == "rank 1: the weights are not those of rank 0 (init_from='run/export'): copy those"
+    folders = [tmp_path / place / "run" / "checkpoints" for place in ("", "there")]
+    for folder in folders:
+        shutil.rmtree(folder / "00000012")
+    record = read_record(folders[1] / "00000006")
+    save_file(load_file(folders[1] / "00000006" / "model.safetensors") | weights, folders[1] / "00000006" / "x")
+    os.replace(folders[1] / "00000006" / "x", folders[1] / "00000006" / "model.safetensors")
+    write_all_but_weights(folders[1] / "00000006", record.values, load_file(folders[1] / "00000006" / TENSORS))
+    (line,) = said(sabotaged(tmp_path, body, "--resume", "run"))
+    assert line == "rank 1: run/checkpoints/00000006 has other files than that of rank 0: copy that one"
 
 
 @pytest.mark.slow
