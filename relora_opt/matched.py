@@ -28,7 +28,8 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
     U goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For
     orthonormal rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
     "match_rms_adamw"). It is found by trying the base, at a rate of 1: the rates that a user or a scheduler sets, 0
-    among them, do not matter. Global random numbers are as they were afterwards.
+    among them, do not matter. Global random numbers are as they were afterwards. The scale has four digits: processes
+    and devices, which round differently, agree on them.
 
     Args:
         groups: the base's options, group by group.
@@ -68,8 +69,8 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
             f"moves a weight of shape {(m, n)} by {of_dense}, and by {of_low_rank} through factors ({ratio} times as "
             "far for gradients twice as large), in a trial of 8 updates",
         )
-    scale: float = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
-    return scale
+    scale = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
+    return float(f"{scale:.4g}")
 
 
 def trial_shape(m: int, n: int, rank: int) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ from relora_opt.matched import trial_shape
 
 M, N, R = 24, 96, 6
 LIKE_ADAM = math.sqrt(N / R)
+DIGITS = 5e-4  # a scale has four of them
 EXPECTED: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
     # base, s, and what its trial may be off by: its eps (Adadelta) or the spread of singular values (Muon)
     "AdamW": (AdamW, LIKE_ADAM, 1e-6),
@@ -78,7 +79,7 @@ def test_the_first_update_moves_w_as_far_as_adamw_would(init: str, shape: tuple[
     optimizer.step()
     moved = (W.detach() - before).square().mean().sqrt()
     # Kaiming's rows are matched by another draw of them, and are not orthogonal: measured 0.82 and more at these sizes.
-    assert float(moved) == pytest.approx(0.01, rel=0.25 if init == "kaiming" else 1e-4)
+    assert float(moved) == pytest.approx(0.01, rel=0.25 if init == "kaiming" else DIGITS)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 16])
@@ -107,8 +108,8 @@ def test_weights_of_different_widths_have_different_scales_and_numbers_stay_what
     model = mlp()
     optimizer = relora(model, alpha="matched")
     first, second = selected_weights(model).values()
-    assert optimizer.scale(first) == pytest.approx(math.sqrt(7 / 2))
-    assert optimizer.scale(second) == pytest.approx(math.sqrt(6 / 2))
+    assert optimizer.scale(first) == pytest.approx(math.sqrt(7 / 2), rel=DIGITS)
+    assert optimizer.scale(second) == pytest.approx(math.sqrt(6 / 2), rel=DIGITS)
     assert relora(model, alpha=3.0).scale(first) == 1.5
     assert relora(model, alpha=None).scale(first) == 1.0
     with pytest.raises(KeyError, match="not low-rank in this optimizer"):
@@ -122,7 +123,7 @@ def test_a_group_may_have_its_own_alpha() -> None:
         {"params": [("second.weight", model.second.weight)], "rank": 2, "alpha": 5.0},
     ]
     optimizer = ReLoRAOptimizer(groups)
-    assert optimizer.scale(model.first.weight) == pytest.approx(math.sqrt(7 / 2))
+    assert optimizer.scale(model.first.weight) == pytest.approx(math.sqrt(7 / 2), rel=DIGITS)
     assert optimizer.scale(model.second.weight) == 2.5
 
 
@@ -150,7 +151,7 @@ def test_the_scale_is_the_same_for_every_dtype_of_the_weights(dtype: torch.dtype
     torch.set_default_dtype(dtype)
     try:
         W, optimizer = matched(AdamW)
-        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-5)
+        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=DIGITS)
     finally:
         torch.set_default_dtype(before)
 
@@ -159,7 +160,7 @@ def test_a_model_on_the_meta_device_has_a_scale_and_a_size() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(N, M, bias=False))
     optimizer = ReLoRAOptimizer(model, rank=R, targets=["0"])
-    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=1e-5)
+    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=DIGITS)
     assert memory(optimizer).num_trainable == R * (M + N)
 
 
@@ -171,7 +172,7 @@ def test_the_scale_is_matched_and_a_is_orthonormal_where_nothing_is_said() -> No
     optimizer = ReLoRAOptimizer(model, rank=2)
     W = model.first.weight
     A, _ = optimizer.factors(W)
-    assert optimizer.scale(W) == pytest.approx(math.sqrt(7 / 2))
+    assert optimizer.scale(W) == 1.871  # sqrt(7 / 2), in the digits on which processes agree that round differently
     assert torch.allclose(A @ A.mT, torch.eye(2), atol=1e-6)
 
 
@@ -195,7 +196,7 @@ def test_every_optimizer_of_torch_has_its_scale(case: Case) -> None:
 def test_the_rate_does_not_matter_0_included(lr: float) -> None:
     for base, expected in ((AdamW, LIKE_ADAM), (SGD, 1.0)):
         W, optimizer = matched(base, lr=lr)
-        assert optimizer.scale(W) == pytest.approx(expected, rel=1e-5)
+        assert optimizer.scale(W) == pytest.approx(expected, rel=DIGITS)
 
 
 def test_a_factory_that_sets_a_rate_of_0_does_not_matter() -> None:
@@ -203,7 +204,7 @@ def test_a_factory_that_sets_a_rate_of_0_does_not_matter() -> None:
         return AdamW([{**group, "lr": 0.0} for group in groups], **options)
 
     W, optimizer = matched(idle_at_first)
-    assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-6)
+    assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=DIGITS)
 
 
 def test_a_scheduler_that_begins_at_0_trains_as_if_the_scale_had_been_given() -> None:
@@ -230,7 +231,7 @@ def test_groups_with_rates_of_their_own_have_the_same_scale() -> None:
     ]
     optimizer = ReLoRAOptimizer(groups, rank=0, lr=0.1)
     for W in (model[0].weight, model[2].weight):
-        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=1e-6)
+        assert optimizer.scale(W) == pytest.approx(LIKE_ADAM, rel=DIGITS)
 
 
 def test_a_factory_sees_its_groups_in_the_trial() -> None:
@@ -240,7 +241,7 @@ def test_a_factory_sees_its_groups_in_the_trial() -> None:
 
     model = nn.Sequential(nn.Linear(N, M))
     optimizer = ReLoRAOptimizer(model, by_place, rank=R, targets=["0.weight"])
-    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=1e-6)
+    assert optimizer.scale(model[0].weight) == pytest.approx(LIKE_ADAM, rel=DIGITS)
 
 
 def test_a_base_that_passes_over_what_needs_no_gradient_has_a_scale() -> None:
@@ -250,7 +251,7 @@ def test_a_base_that_passes_over_what_needs_no_gradient_has_a_scale() -> None:
                 super().step()
 
     W, optimizer = matched(Careful)
-    assert optimizer.scale(W) == pytest.approx(1.0, rel=1e-5)
+    assert optimizer.scale(W) == pytest.approx(1.0, rel=DIGITS)
 
 
 def test_a_base_that_draws_at_random_leaves_the_random_numbers_of_the_run_alone() -> None:
@@ -261,7 +262,7 @@ def test_a_base_that_draws_at_random_leaves_the_random_numbers_of_the_run_alone(
 
     W, optimizer = matched(Noisy)
     before = torch.get_rng_state()
-    assert optimizer.scale(W) == pytest.approx(1.0, rel=1e-5)
+    assert optimizer.scale(W) == pytest.approx(1.0, rel=DIGITS)
     assert torch.equal(torch.get_rng_state(), before)
 
 
