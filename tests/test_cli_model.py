@@ -42,6 +42,21 @@ VARIANTS = {
 TOLERANCE = 1e-5  # the issue's; float32 sums of 40 terms in another order differ by about 1e-6
 
 
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_shape_knows_how_many_parameters_its_model_has(config: LlamaConfig) -> None:
+    assert config.num_parameters == Llama(config).num_parameters()
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made() -> None:
+    config = dataclasses.replace(TINY, hidden_size=2**30, head_dim=8)
+    with pytest.raises(
+        UserError, match=r"[\d,]{15,} parameters, which take 2,9\d\d GB, and this machine has \d+ GB of"
+    ):
+        Llama(config)
+    with torch.device("meta"):
+        Llama(config)
+
+
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def model(request: pytest.FixtureRequest) -> Llama:
     return drawn(request.param)
@@ -371,6 +386,7 @@ def test_weights_of_every_floating_kind_are_converted(dtype: torch.dtype, tmp_pa
     ("changes", "message"),
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a whole number of at least 1"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000 must be .* less than 2\^13: correct"),
         (
             {"hidden_size": 10**20},
             r"hidden_size=1000\d*\.*\d* must be a whole number of at least 1, and less than 2\^31",

@@ -10,11 +10,14 @@ them, and what a text that is read in pieces leaves behind is the caller's, in a
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import UserError
 from .attention import attend, once
 from .cache import KeyValueCache, LayerCache
 from .rope import angles, rotate
@@ -113,10 +116,15 @@ class Llama(nn.Module):
 
     With a `KeyValueCache` the tokens are those that follow what it holds, and it then holds them too.
     Fresh parameters are torch's own; follow with `init_weights` or `load_weights`.
+
+    Raises:
+        UserError: for a shape whose weights this machine cannot hold.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        if torch.get_default_device().type != "meta":
+            _check_memory(config)
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -139,3 +147,14 @@ class Llama(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of scalars in all parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _check_memory(config: LlamaConfig) -> None:
+    """Refuse what would be killed in the middle, or raise from within torch."""
+    needed = config.num_parameters * torch.get_default_dtype().itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"the model's config says {config.num_parameters:,} parameters, which take {needed / 1e9:,.0f} GB, and "
+            f"this machine has {there / 1e9:,.0f} GB of memory: correct it, or give a smaller model"
+        )

@@ -18,7 +18,7 @@ from .rope import LinearRope, Llama3Rope, check_positive
 
 _ROPE_TYPES: dict[str, type[LinearRope] | type[Llama3Rope]] = {"linear": LinearRope, "llama3": Llama3Rope}
 MOST_BYTES = 1 << 26  # the index of the largest models has a few megabytes
-_TOO_MANY = 1 << 31  # torch's sizes end there or later, and no model is near
+_BITS, _BITS_OF_LAYERS = 31, 13  # torch's sizes end at 2^31 or later, and every layer is made; no model is near
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -51,12 +51,13 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "max_position_embeddings", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < _TOO_MANY:
+            bits = _BITS_OF_LAYERS if name == "num_hidden_layers" else _BITS
+            if type(value) is not int or not 1 <= value < 1 << bits:
                 if value is None and name in ("num_key_value_heads", "head_dim"):
                     continue
                 raise UserError(
-                    f"{name}={reprlib.repr(value)} must be a whole number of at least 1, and less than 2^31: correct "
-                    "the model's config"
+                    f"{name}={reprlib.repr(value)} must be a whole number of at least 1, and less than 2^{bits}: "
+                    "correct the model's config"
                 )
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             check_positive(name, getattr(self, name))
@@ -93,6 +94,16 @@ class LlamaConfig:
     def head_size(self) -> int:
         """Channels of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars in all parameters, tied ones counted once, of the model that has this shape."""
+        width, inner, queries = self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_size
+        pairs = self.kv_heads * self.head_size
+        layer = 2 * width * (queries + pairs) + 3 * width * inner + 2 * width
+        layer += self.attention_bias * (queries + 2 * pairs + width) + self.mlp_bias * (2 * inner + width)
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * width + self.num_hidden_layers * layer + width
 
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """Return the contents of a config.json that transformers loads as a LlamaForCausalLM stored in `dtype`."""
