@@ -32,7 +32,7 @@ from .parts import MOST_CHARACTERS
 from .sources import find_sources, read_sources
 from .split import VAL_SHARE, Census, Read, SplitPart, split_parts, take_census
 from .store import FORMAT, DamagedError, Stream, is_store, open_store
-from .store_writer import StoreWriter, key_of, locked
+from .store_writer import StoreWriter, is_unfinished, key_of, locked
 from .tokens import (
     cached_tokenizer,
     check_round_trip,
@@ -118,6 +118,9 @@ def prepare(
         UserError: for sources or a tokenizer that cannot be read, and for a corpus shorter than one sequence.
     """
     stores = [source for source in sources if is_store(Path(source))]
+    for source in sources:
+        if is_unfinished(Path(source)):
+            raise UserError(f"data={source!r} is a corpus that relora-opt tokenize has not finished: run that again")
     if stores and len(sources) > 1:
         raise UserError(f"data={stores[0]!r} is a tokenized corpus and goes alone: give it, or texts")
     if stores:

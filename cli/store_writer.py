@@ -196,3 +196,10 @@ def locked(folder: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a store whose writing was stopped, or goes on."""
+    names = (JOURNAL, *(f"{side}.bin" for side in SIDES))
+    has_all = all(os.path.isfile(folder / name) for name in names)
+    return has_all and not is_store(folder) and key_of_journal(folder) is not None

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from relora_opt_cli.config import UserError
 from relora_opt_cli.corpus import Corpus, Settings, prepare, tokenize, train_tokenizer
 from relora_opt_cli.data import Batches
 from relora_opt_cli.encoding import Encoded
+from relora_opt_cli.journal import begin_journal
 from relora_opt_cli.store_writer import StoreWriter, key_of
 from relora_opt_cli.tokens import end_of_text_id, fit_tokenizer
 from test_cli_tokens import encode, lowercasing
@@ -567,6 +569,13 @@ def test_a_tokenized_folder_is_what_its_texts_would_be_and_needs_them_no_more(
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer='.*' is not the one that made data='.*out': leave it out"):
         prepare([str(tmp_path / "out")], Settings(tokenizer=tmp_path), seq_len=16)
+    half = Path(shutil.copytree(tmp_path / "out", tmp_path / "half"))
+    begin_journal(half, "key")
+    (half / "corpus.json").unlink()
+    with pytest.raises(
+        UserError, match=r"data='.*half' is a corpus that relora-opt tokenize has not finished: run that"
+    ):
+        prepare([str(half)], Settings(), seq_len=16)
     with pytest.raises(UserError, match=r"data='.*out' is a tokenized corpus and goes alone: give it, or texts"):
         prepare([str(tmp_path / "out"), "more.txt"], Settings(), seq_len=16)
 
