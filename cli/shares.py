@@ -33,6 +33,7 @@ from .config import UserError
 from .parallel import World
 
 _CHUNK = 1 << 20
+_FILE = 1 << 26  # bytes that a process puts into one file: while it is written it is in memory once more
 _LENGTH = struct.Struct("<Q")  # of a safetensors file's header, which it begins with
 
 
@@ -51,7 +52,8 @@ def write_shares(tensors: dict[str, Tensor], path: Path, processes: World) -> No
     if not parts.is_dir():
         raise UserError(f"{parts}, which rank 0 has made, is not there: give all machines one folder, on a shared disk")
     held = {name: tensor for name, tensor in tensors.items() if processes.is_main or isinstance(tensor, DTensor)}
-    writer = HuggingFaceStorageWriter(str(parts), save_distributed=True)
+    files = _numbered(tensors, num_bytes=_FILE * processes.size)
+    writer = HuggingFaceStorageWriter(str(parts), fqn_to_index_mapping=files, save_distributed=True)
     with _own_failures(processes.rank, processes.beside):
         save(held, storage_writer=writer, process_group=processes.beside)
     if processes.is_main:
@@ -92,6 +94,15 @@ def join(files: list[Path], path: Path) -> None:
         for name in names:
             for part in parts[name]:
                 _copy(part, opened[part.file], joined)
+
+
+def _numbered(tensors: dict[str, Tensor], *, num_bytes: int) -> dict[str, int]:
+    """Share tensors out over files of so many bytes, numbered from 1."""
+    numbers, begun = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + begun // num_bytes
+        begun += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 @contextmanager

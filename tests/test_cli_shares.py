@@ -59,22 +59,27 @@ def never(*_: Any, **__: Any) -> None:
     raise AssertionError("a tensor was gathered")
 
 
-def write(rank: int, path: str) -> list[int]:
-    """Write; return the bytes of every process's part, as the first one has found them."""
-    sizes: list[int] = []
+def write(rank: int, path: str, num_bytes: int) -> tuple[int, list[int]]:
+    """Write; return the number of files, and the bytes of every process's part, as the first one has found them."""
+    sizes = [0] * SIZE
+    num_files = 0
 
     def joining(files: list[Path], whole: Path) -> None:
-        sizes.extend(file.stat().st_size - _header(file) for file in files)
+        nonlocal num_files
+        num_files = len(files)
+        for file in files:
+            sizes[int(file.name.split("-")[1]) - 1] += file.stat().st_size - _header(file)
         join(files, whole)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", never)
         patch.setattr(DTensor, "redistribute", never)
         patch.setattr(shares, "join", joining)
+        patch.setattr(shares, "_FILE", num_bytes)
         own = {name: laid_out(*given) for name, given in tensors().items()}
         own["counter"] = own["counter"] + rank  # the first process's counts
         write_shares(own, Path(path), world(rank))
-    return sizes
+    return num_files, sizes
 
 
 def read(rank: int, folder: str) -> None:
@@ -94,9 +99,12 @@ def _header(file: Path) -> int:
     return 8 + int(struct.unpack("<Q", file.read_bytes()[:8])[0])
 
 
-def test_a_file_of_shares_is_what_one_process_would_have_written(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_bytes", [1 << 26, 100])
+def test_a_file_of_shares_is_what_one_process_would_have_written(ranks: Ranks, num_bytes: int, tmp_path: Path) -> None:
+    """Whether a process puts all that it holds into one file on the way, or into several."""
     path, alone = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    ((first, second), _) = ranks.run(write, str(path))
+    ((num_files, (first, second)), _) = ranks.run(write, str(path), num_bytes)
+    assert (num_files == SIZE) == (num_bytes > 100)
     write_whole({name: tensor for name, (tensor, _) in tensors().items()}, alone)
     assert path.read_bytes() == alone.read_bytes()
     assert path.stat().st_mode == alone.stat().st_mode
