@@ -118,8 +118,7 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with torch.device("meta"):
-        own = settle(config, num_parameters=Llama(shape).num_parameters())
+    own = settle(config, num_parameters=shape.num_parameters)
     dtype, is_compiled = processes.from_main((own.dtype, own.compile))
     config = replace(own, dtype=dtype, compile=is_compiled)
     if config.compile:

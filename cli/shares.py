@@ -16,7 +16,7 @@ import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,13 +87,12 @@ def join(files: list[Path], path: Path) -> None:
         header[name] = {"dtype": parts[name][0].dtype, "shape": _shape(parts[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(file.open("rb", buffering=0)) for file in files}
-        joined = stack.enter_context(path.open("wb"))
+    with path.open("wb") as joined:
         joined.write(_LENGTH.pack(len(text)) + text)
         for name in names:
             for part in parts[name]:
-                _copy(part, opened[part.file], joined)
+                with part.file.open("rb", buffering=0) as source:  # there may be more files than may be open at once
+                    _copy(part, source, joined)
 
 
 def _numbered(tensors: dict[str, Tensor], *, num_bytes: int) -> dict[str, int]:
