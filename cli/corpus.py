@@ -319,7 +319,8 @@ def _check_out(out: Path, key: str | None) -> None:
     try:
         nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
         if nearest != out and not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            raise UserError(f"out={str(out)!r} cannot be written, {nearest} is in the way: give another folder")
+            why = "may not be written into" if nearest.is_dir() else "is in the way"
+            raise UserError(f"out={str(out)!r} cannot be written, {nearest} {why}: give another folder")
         is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be read: {error.strerror or error}") from error

@@ -597,6 +597,10 @@ def test_tokenizing_again_changes_nothing_and_another_corpus_is_not_written_over
             tokenize([source], Settings(vocab_size=300), tmp_path / name.split("/")[0])
     with pytest.raises(UserError, match=r"out='.*' cannot be written, .*/file is in the way: give another folder"):
         tokenize([source], Settings(vocab_size=300), tmp_path / "file" / "a" / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms.os, "access", lambda *_: False)  # a disk that is read-only, to root too
+        with pytest.raises(UserError, match=r"out='.*' cannot be written, .* may not be written into: give another"):
+            tokenize([source], Settings(vocab_size=300), tmp_path / "new")
     monkeypatch.setattr(rooms, "take_census", lambda *_, **__: pytest.fail("read the texts first"))
     with pytest.raises(UserError, match="is in use"):
         tokenize([source], Settings(vocab_size=300), tmp_path / "mine")
