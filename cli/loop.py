@@ -8,6 +8,7 @@ Batches are a function of how many were served, so an attempt is counted whether
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -195,7 +196,7 @@ class Loop:
         self.view.say(f"update {progress.update + 1} skipped: {progress.skip_reason}")
         if progress.skips >= config.max_skips:
             remedy = "start again with lower rates"
-            if loss > self.guard.limit:
+            if math.isfinite(loss) and loss > self.guard.limit:
                 remedy += f", or train on such losses too: --resume {self.run.folder} --max-loss-jump inf"
             raise UserError(
                 f"{progress.skips} updates in a row were skipped, the last one because {progress.skip_reason} "

@@ -29,7 +29,7 @@ from .shares import write_shares
 
 def save(run: Run) -> None:
     """Begin to write a checkpoint of where the run is; where it has one already, its progress alone, at once."""
-    run.writer.wait()  # one copy in memory at a time
+    wait(run)  # one copy in memory at a time; a save may take longer than what else processes tell each other
     if run.processes.from_main(_is_saved(run)):
         run.processes.on_main(lambda: write_progress(run))
     elif run.is_sharded:

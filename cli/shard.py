@@ -24,7 +24,7 @@ from torch.distributed.tensor import Replicate
 from relora_opt import Guard, ReLoRAOptimizer
 
 from .model import Llama, LlamaConfig
-from .parallel import World
+from .parallel import World, noticing_losses
 from .shares import read_shares
 
 
@@ -87,7 +87,8 @@ def read_state(
         saved = {name: torch.empty_like(file.get_tensor(name), device="meta") for name in file.keys()}  # noqa: SIM118
     parts = {id(tensor): part for tensor, part in _parts(nested(saved), optimizer)}
     tensors = {name: parts.get(id(tensor), torch.empty_like(tensor, device="cpu")) for name, tensor in saved.items()}
-    read_shares(tensors, path.parent, processes)
+    with noticing_losses():  # or a process that is gone would be taken for a damaged file
+        read_shares(tensors, path.parent, processes)
     return tensors
 
 

@@ -57,7 +57,7 @@ def write_shares(tensors: dict[str, Tensor], path: Path, processes: World) -> No
     with _own_failures(processes.rank, processes.beside):
         save(held, storage_writer=writer, process_group=processes.beside)
     if processes.is_main:
-        join(sorted(parts.iterdir()), path)
+        join(sorted(parts.iterdir()), path, {name: list(tensor.shape) for name, tensor in tensors.items()})
         shutil.rmtree(parts)
 
 
@@ -72,19 +72,26 @@ def read_shares(tensors: dict[str, Tensor], folder: Path, processes: World) -> N
         load(tensors, storage_reader=reader, process_group=processes.patient)
 
 
-def join(files: list[Path], path: Path) -> None:
-    """Write the tensors whose parts these files hold, whole, to one safetensors file."""
+def join(files: list[Path], path: Path, shapes: dict[str, list[int]]) -> None:
+    """Write tensors whose parts these files hold, whole, to one safetensors file.
+
+    Raises:
+        OSError: where parts of them are missing.
+    """
     parts: defaultdict[str, list[_Part]] = defaultdict(list)
     for file in files:
         for name, part in _parts(file):
             parts[name].append(part)
-    names = sorted(parts, key=lambda name: (-parts[name][0].width, name))  # as safetensors has them: wide ones aligned
+    for name, shape in shapes.items():
+        parts[name].sort(key=lambda part: part.offsets)
+        if not _is_whole(parts[name], shape):
+            raise OSError(f"parts of {name} are missing in {path}.parts: its disk does not show what was written there")
+    names = sorted(shapes, key=lambda name: (-parts[name][0].width, name))  # as safetensors has them: wide ones aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        parts[name].sort(key=lambda part: part.offsets)
         start, end = end, end + sum(part.num_bytes for part in parts[name])
-        header[name] = {"dtype": parts[name][0].dtype, "shape": _shape(parts[name]), "data_offsets": [start, end]}
+        header[name] = {"dtype": parts[name][0].dtype, "shape": shapes[name], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as joined:
@@ -144,14 +151,14 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part]]:
         yield name, _Part(file, _LENGTH.size + length + start, end - start, entry["dtype"], offsets, entry["shape"])
 
 
-def _shape(parts: list[_Part]) -> list[int]:
-    """Return the shape of a tensor whose parts follow each other along the first dimension, as `fully_shard` cuts."""
-    num_rows, others = 0, parts[0].shape[1:]
+def _is_whole(parts: list[_Part], shape: list[int]) -> bool:
+    """Say whether parts make up a tensor; they follow each other along the first dimension, as `fully_shard` cuts."""
+    num_rows, others = 0, shape[1:]
     for part in parts:
-        assert part.offsets == [num_rows, *[0] * len(others)][: len(part.shape)], part
-        assert part.shape[1:] == others, part
+        if part.offsets != [num_rows, *[0] * len(others)][: len(shape)] or part.shape[1:] != others:
+            return False
         num_rows += math.prod(part.shape[:1])
-    return [num_rows, *others] if parts[0].shape else []
+    return bool(parts) and [num_rows, *others][: len(shape)] == shape
 
 
 def _copy(part: _Part, source: IO[bytes], target: IO[bytes]) -> None:

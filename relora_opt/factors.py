@@ -113,16 +113,15 @@ def begin(factors: Iterable[Factors]) -> list[Movement]:
     return [Movement(torch.cat((B, B), dim=-1), torch.cat((A, A), dim=-2)) for A, B in factors]
 
 
-def finish_(movements: Sequence[Movement], factors: Iterable[Factors]) -> None:
+def finish_(movements: Sequence[Movement], stepped: Sequence[Factors]) -> None:
     """Finish, in place, what was begun before the factors were stepped; (A', B') are the same ones after it."""
     if not movements:
         return
-    new_As, new_Bs = zip(*((local(A), local(B)) for A, B in factors), strict=True)
-    ranks = [A.shape[-2] for A in new_As]
-    pairs = list(zip(movements, ranks, strict=True))
+    pairs = [(movement, A.shape[-2]) for movement, (A, _) in zip(movements, stepped, strict=True)]
     lefts = [local(movement.left).narrow(-1, 0, r) for movement, r in pairs]
     tops = [local(movement.right).narrow(-2, 0, r) for movement, r in pairs]
     bottoms = [local(movement.right).narrow(-2, r, r) for movement, r in pairs]
+    new_As, new_Bs = [local(A) for A, _ in stepped], [local(B) for _, B in stepped]
     torch._foreach_sub_(lefts, new_Bs)
     torch._foreach_sub_(bottoms, new_As)
     torch._foreach_copy_(tops, new_As)

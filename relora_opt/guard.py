@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from .optimizer import ReLoRAOptimizer
 
@@ -32,11 +34,13 @@ class Guard:
         losses: of the last updates, oldest first.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError, TypeError: for a number out of range, or none.
     """
 
     def __init__(self, max_jump: float = 10.0, *, min_jump: float = 1.0, losses: Iterable[float] = ()) -> None:
         for name, value in {"max_jump": max_jump, "min_jump": min_jump}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} must be a number")
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be a positive number; inf lets every loss jump")
         self.max_jump, self.min_jump = max_jump, min_jump
@@ -54,8 +58,9 @@ class Guard:
         deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self.losses) / NUM_LOSSES)
         return mean + max(self.max_jump * deviation, self.min_jump)
 
-    def step(self, optimizer: ReLoRAOptimizer, loss: float) -> str | None:
+    def step(self, optimizer: ReLoRAOptimizer, loss: float | Tensor) -> str | None:
         """Make the update, or return why it is skipped. Of several processes all must call, with the same loss."""
+        loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
         self.reason = self._reason(optimizer, loss)
         if self.reason is None:
             optimizer.step()

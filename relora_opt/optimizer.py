@@ -161,7 +161,7 @@ class ReLoRAOptimizer(Optimizer):
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
-        check_prunable(self._selected(), self._base, self._options, self.prune)
+        self._check_base(self.param_groups)
         self._attach(takes_over=True)
         self._is_built = True
 
@@ -215,7 +215,7 @@ class ReLoRAOptimizer(Optimizer):
             moving = [weight for weight in weights if weight.has_gradient] if counts else []
             movements = begin(weight.factors for weight in moving)
             result = inner.step(base, closure if self._passes_closure else None)
-            finish_(movements, (weight.factors for weight in moving))
+            finish_(movements, [weight.factors for weight in moving])
             for weight, movement in zip(moving, movements, strict=True):
                 move_weight_(weight.W, weight.entry, movement, weight.scale)
             if counts:
@@ -259,7 +259,7 @@ class ReLoRAOptimizer(Optimizer):
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
-            check_prunable(self._selected(self.param_groups[num_groups:]), self._base, self._options, self.prune)
+            self._check_base(self.param_groups[num_groups:])
             self._attach(takes_over=True)
         except Exception:  # all of it or nothing
             del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
@@ -564,6 +564,12 @@ class ReLoRAOptimizer(Optimizer):
         groups = [group.seen_by_base(is_warm=self.schedule.warm_start > 0) for group in resolved]
         return inner.template(self._base, groups, names)
 
+    def _check_base(self, groups: list[Group]) -> None:
+        """Try the base on the low-rank weights of these groups: its state is prunable, and its scale can be matched."""
+        check_prunable(self._selected(groups), self._base, self._options, self.prune)
+        for selected in self._selected(groups):
+            self._scale(selected)
+
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""
         self._inner = inner.Inner(self._base)
@@ -631,8 +637,6 @@ class ReLoRAOptimizer(Optimizer):
         """Hook the low-rank weights whose dense gradients are to be released; leave no other optimizer's hook."""
         if self.release_grads:
             self._check_sketches("with release_grads=True")
-            for selected in self._selected():
-                self._scale(selected)  # found here, and not during a backward pass that is to take little memory
             release.attach(self._selected(), self._find_to_release, takes_over=takes_over)
         elif takes_over:
             for selected in self._selected():

@@ -72,16 +72,21 @@ def lay_out_factors(A: Tensor, B: Tensor, W: Tensor, name: str) -> tuple[Tensor,
 
     rows, columns = A.dim() - 2, A.dim() - 1
     placements: tuple[Any, ...] = W.placements
-    if any(p.is_partial() or (p.is_shard() and p.dim > 0 and W.dim() != A.dim()) for p in placements):
+    if any(p.is_partial() or ((_dim(p) or 0) > 0 and W.dim() != A.dim()) for p in placements):
         raise ValueError(
             f"{name} of shape {tuple(W.shape)} is laid out as {placements}: a weight that is read as a matrix can be "
             "sharded along dimension 0 alone; shard it so, or leave it out of targets"
         )
 
     def without(dim: int) -> list[Any]:
-        return [Replicate() if p.is_shard() and p.dim == dim else p for p in placements]
+        return [Replicate() if _dim(p) == dim else p for p in placements]
 
     return _cut(A, W, without(rows)), _cut(B, W, without(columns))
+
+
+def _dim(placement: Any) -> int | None:
+    """Return which dimension a placement shards, strided ones (tensor parallelism below FSDP2) too; None for no one."""
+    return getattr(placement, "dim", None)
 
 
 def _cut(tensor: Tensor, other: Tensor, placements: Any, *, source: int | None = None) -> Tensor:

@@ -64,12 +64,12 @@ def write(rank: int, path: str, num_bytes: int) -> tuple[int, list[int]]:
     sizes = [0] * SIZE
     num_files = 0
 
-    def joining(files: list[Path], whole: Path) -> None:
+    def joining(files: list[Path], whole: Path, shapes: dict[str, list[int]]) -> None:
         nonlocal num_files
         num_files = len(files)
         for file in files:
             sizes[int(file.name.split("-")[1]) - 1] += file.stat().st_size - _header(file)
-        join(files, whole)
+        join(files, whole, shapes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", never)
@@ -127,13 +127,18 @@ def test_parts_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     numbers = torch.randn(5, 3)
     for file, start, end in zip(reversed(files), (0, 2), (2, 5), strict=True):
         save_file({"x": numbers[start:end].clone()}, file, metadata={"DCP_SHARDING_INFO": info % start})
-    join(files, tmp_path / "x.safetensors")
+    shapes = {"x": [5, 3]}
+    for some in ([], files[:1], files[1:]):  # a disk that does not show all that another machine has written
+        with pytest.raises(OSError, match=r"parts of x are missing in .*x.safetensors.parts"):
+            join(some, tmp_path / "x.safetensors", shapes)
+    assert not (tmp_path / "x.safetensors").exists()
+    join(files, tmp_path / "x.safetensors", shapes)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], numbers)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     os.truncate(files[0], files[0].stat().st_size - 1)
     with pytest.raises(OSError, match=r"1.safetensors has become shorter"):
-        join(files, tmp_path / "x.safetensors")
+        join(files, tmp_path / "x.safetensors", shapes)
 
 
 def write_apart(rank: int, folder: str) -> str:

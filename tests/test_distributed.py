@@ -1,6 +1,7 @@
 """Two processes, gloo: DDP and FSDP2 train what one process trains, every rank alike, and runs move between them."""
 
 import copy
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,45 @@ def tensor_parallel(rank: int) -> None:
 
 def test_factors_follow_weights_that_are_sharded_by_columns(ranks: Ranks) -> None:
     ranks.run(tensor_parallel)
+
+
+def tensor_parallel_below_fsdp2(_: int, rank: int) -> None:
+    """Rows of the first weight are shared out twice, in strides, and the second one's rows and columns."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 16, bias=False), nn.Tanh(), nn.Linear(16, 12, bias=False))
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    one, many = network(), network()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(many, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(many, mesh=mesh["data"])
+    options: dict[str, Any] = {"targets": ["0.weight", "2.weight"], "schedule": SCHEDULE, "rank": rank, "lr": 0.01}
+    alone, optimizer = ReLoRAOptimizer(one, **options), ReLoRAOptimizer(many, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(LAST):  # the same batch on all four
+        x = torch.randn(6, 12, generator=generator)
+        for model, its in ((one, alone), (many, optimizer)):
+            model(x).square().mean().backward()
+            its.step()
+            its.zero_grad()
+    for weight in (many[0].weight, many[2].weight):
+        A, _ = optimizer.factors(weight)
+        assert A.to_local().shape[0] == A.shape[0] == rank
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 4])
+def test_factors_follow_weights_under_tensor_parallelism_below_fsdp2(rank: int) -> None:
+    four = Ranks(4)
+    try:
+        four.run(tensor_parallel_below_fsdp2, rank)
+    finally:
+        four.stop()
 
 
 def mixed_precision(rank: int) -> None:

@@ -149,3 +149,16 @@ def test_one_update_waits_for_the_device_once_for_its_losses(monkeypatch: pytest
     for _ in range(3):
         step(*batch(0))
     assert len(read) == 1
+
+
+def test_a_loss_may_be_a_tensor_and_is_remembered_as_a_number() -> None:
+    guard = Guard()
+    weight = nn.Parameter(torch.ones(2))
+    assert not reasons(guard, [weight.sum() * level for level in (1.0, 2.0)])  # type: ignore[misc]
+    assert json.dumps([*guard.losses]) == "[2.0, 4.0]"
+
+
+@pytest.mark.parametrize("value", [None, "3", True])
+def test_a_limit_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"max_jump={value!r} must be a number"):
+        Guard(value)

@@ -305,12 +305,6 @@ def test_the_small_matrix_has_the_scale_of_the_large_one(
     assert optimizer.scale(W) == pytest.approx(large, rel=max(1.5 * tolerance, 1e-3))  # sums of fewer numbers
 
 
-def test_releasing_gradients_finds_the_scale_before_there_are_any() -> None:
-    with pytest.raises(ValueError, match="Idle moves"):
-        matched(Idle, release_grads=True)
-    matched(Idle)
-
-
 class Idle(SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None
@@ -339,8 +333,11 @@ class Contrary(SGD):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_base_that_cannot_be_tried_is_refused_with_the_remedy_and_works_with_a_number(base: Any, words: str) -> None:
-    W, optimizer = matched(base)
     with pytest.raises(ValueError, match=rf'alpha="matched", the default, .*{words}.*: give alpha as a number'):
-        optimizer.scale(W)
+        matched(base)
     W, optimizer = matched(base, alpha=2.0 * R)
     assert optimizer.scale(W) == 2.0
+    dense = nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="give alpha as a number"):
+        optimizer.add_param_group({"params": [("other.0.weight", dense)], "rank": 2, "alpha": "matched"})
+    assert len(optimizer.param_groups) == 1
