@@ -50,7 +50,7 @@ def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
     "orthogonal" has orthonormal rows, as `nn.init.orthogonal_`; "gradient" starts from there.
     """
     *batch, _, n = shape
-    A = torch.empty(*batch, rank, n, dtype=factor_dtype(like.dtype))
+    A = torch.empty(*batch, rank, n, dtype=factor_dtype(like.dtype), device="cpu")  # whatever the default is
     if init == "kaiming":
         A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
     else:
@@ -61,7 +61,7 @@ def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
 def draw_b(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Generator, like: Tensor) -> Tensor:
     """Return B of shape (m, r), or (batch, m, r): 0, or orthonormal columns to sketch with for init "gradient"."""
     *batch, m, _ = shape
-    B = torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype))
+    B = torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype), device="cpu")
     if init == "gradient":
         B = _orthonormal_rows(B.normal_(generator=generator).mT).mT.contiguous()
     return B.to(like.device)

@@ -565,10 +565,14 @@ class ReLoRAOptimizer(Optimizer):
         return inner.template(self._base, groups, names)
 
     def _check_base(self, groups: list[Group]) -> None:
-        """Try the base on the low-rank weights of these groups: its state is prunable, and its scale can be matched."""
+        """Try the base on the low-rank weights of these groups: its state is prunable, and its scale can be matched.
+
+        Weights without numbers yet have their scale matched when they are first needed.
+        """
         check_prunable(self._selected(groups), self._base, self._options, self.prune)
         for selected in self._selected(groups):
-            self._scale(selected)
+            if not selected.W.is_meta:
+                self._scale(selected)
 
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""

@@ -341,3 +341,22 @@ def test_a_base_that_cannot_be_tried_is_refused_with_the_remedy_and_works_with_a
     with pytest.raises(ValueError, match="give alpha as a number"):
         optimizer.add_param_group({"params": [("other.0.weight", dense)], "rank": 2, "alpha": "matched"})
     assert len(optimizer.param_groups) == 1
+
+
+def test_draws_do_not_go_by_the_default_device() -> None:
+    W, optimizer = matched(AdamW)
+    expected = optimizer.factors(W)
+    W, optimizer = matched(AdamW)
+    with torch.device("meta"):
+        found = optimizer.factors(W)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_without_numbers_is_taken_and_its_scale_found_when_it_has_some() -> None:
+    with torch.device("meta"):
+        W, optimizer = matched(AdamW)
+        assert W.is_meta
+        model = nn.Sequential(nn.Linear(N, M, bias=False))
+        ReLoRAOptimizer(model, targets=["0"], rank=R, schedule=JaggedSchedule(10, warm_start=5))
+    assert optimizer.scale(W) == LIKE_ADAM
