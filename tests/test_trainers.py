@@ -112,7 +112,8 @@ def test_the_trainers_own_clipping_of_released_gradients_is_that_of_max_grad_nor
     runs = []
     for ours, theirs in ((0.1, 0.0), (None, 0.1)):
         model = llama()
-        factory = (trainer_factory, {**OPTIONS, "release_grads": True, "max_grad_norm": ours})
+        options = {**OPTIONS, "alpha": None}  # norms round differently, and a larger scale would carry that further
+        factory = (trainer_factory, {**options, "release_grads": True, "max_grad_norm": ours})
         trainer(model, tmp_path, optimizer_cls_and_kwargs=factory, max_grad_norm=theirs).train()
         runs.append(weights(model))
     close(*runs)
