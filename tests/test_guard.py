@@ -45,7 +45,7 @@ EIGHTH = pytest.param(slice(0, None, 8), id="an eighth")
 
 @pytest.mark.parametrize("part", [EIGHTH, pytest.param(slice(None), id="all", marks=pytest.mark.slow)])
 def test_no_update_of_the_recorded_runs_is_skipped(part: slice) -> None:
-    """Restarts, switches, high rates and rivals: more than 400 runs, half a million updates; the largest jump is of 6 deviations."""
+    """Restarts, switches, high rates and rivals, half a million updates: the largest jump is of 6 deviations."""
     assert len(RUNS) > 400
     for path in RUNS[part]:
         losses = json.loads(path.read_text())["train_loss"]
