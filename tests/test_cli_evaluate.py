@@ -160,8 +160,10 @@ def test_a_run_means_what_it_holds_out(run: Path, tmp_path: Path) -> None:
 
 def test_an_export_of_a_run_has_its_loss(run: Path, texts: Path) -> None:
     own = evaluate(run, data=[str(texts)], dtype="float32")
-    export = evaluate(run / "export", data=[str(texts)], seq_len=own.seq_len, batch_size=4)
+    export = evaluate(run / "export", data=[str(texts)], seq_len=own.seq_len, batch_size=128)  # the run's
     assert dataclasses.replace(export, model=own.model) == own
+    smaller = evaluate(run / "export", data=[str(texts)], seq_len=own.seq_len, batch_size=4)
+    assert smaller.loss == pytest.approx(own.loss, rel=1e-6)  # sums of other batches, in float32
 
 
 def test_changed_texts_are_refused_by_a_run_and_not_by_data(run: Path, tmp_path: Path) -> None:
