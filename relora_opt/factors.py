@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .sharding import local
-
-Factors = tuple[Tensor, Tensor]  # (A, B)
 
 INITS = ("kaiming", "orthogonal", "gradient")
 
@@ -94,52 +88,35 @@ def product_norm(A: Tensor, B: Tensor, scale: float) -> Tensor:
     return squared.clamp(min=0.0).sqrt() * scale
 
 
-class Movement(NamedTuple):
-    """What moves a weight: the factors of B A - B' A' = [B - B', B] [A'; A - A'], as `begin` and `finish_` make them.
-
-    The small differences come first: a product that rounds (float32 in TF32 or bfloat16, where torch is allowed to)
-    then rounds the movement. Of [B, -B'] [A; A'] it would round B A and B' A', a thousand times as large.
+def move_norm(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Return the Frobenius norm of s (B' A' - B A).
 
     Args:
-        left: (m, 2r) or (batch, m, 2r). right: (2r, n) or (batch, 2r, n).
+        old: (A, B) before the step. new: (A', B') after it.
     """
-
-    left: Tensor
-    right: Tensor
-
-
-def begin(factors: Iterable[Factors]) -> list[Movement]:
-    """Copy factors (A, B) before they are stepped: [B, B] and [A; A]."""
-    return [Movement(torch.cat((B, B), dim=-1), torch.cat((A, A), dim=-2)) for A, B in factors]
+    left, right = _movement(old, new)
+    return product_norm(right, left, scale)
 
 
-def finish_(movements: Sequence[Movement], stepped: Sequence[Factors]) -> None:
-    """Finish, in place, what was begun before the factors were stepped; (A', B') are the same ones after it."""
-    if not movements:
-        return
-    pairs = [(movement, A.shape[-2]) for movement, (A, _) in zip(movements, stepped, strict=True)]
-    lefts = [local(movement.left).narrow(-1, 0, r) for movement, r in pairs]
-    tops = [local(movement.right).narrow(-2, 0, r) for movement, r in pairs]
-    bottoms = [local(movement.right).narrow(-2, r, r) for movement, r in pairs]
-    new_As, new_Bs = [local(A) for A, _ in stepped], [local(B) for _, B in stepped]
-    torch._foreach_sub_(lefts, new_Bs)
-    torch._foreach_sub_(bottoms, new_As)
-    torch._foreach_copy_(tops, new_As)
-
-
-def move_norm(movement: Movement, scale: float) -> Tensor:
-    """Return the Frobenius norm of s (B' A' - B A)."""
-    return product_norm(movement.right, movement.left, scale)
-
-
-def move_(W: Tensor, movement: Movement, scale: float) -> None:
+def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
     """Move W by s (B' A' - B A) in place, as one product of rank 2r.
 
     Args:
         W: (m, n), (batch, m, n), or n-D with the factors of its matrix; floating point, contiguous or not.
+        old: (A, B) before the step. new: (A', B') after it.
     """
-    W, left, right = local(W), local(movement.left), local(movement.right)
+    left, right = _movement(old, new)
     if W.dim() == 2:
-        W.addmm_(left, right, alpha=-scale)
+        W.addmm_(left, right, alpha=scale)
     else:
-        W.sub_(product(right, left, scale).view(W.shape))
+        W.add_(product(right, left, scale).view(W.shape))
+
+
+def _movement(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factors, of rank 2r, of B' A' - B A = [B' - B, B] [A'; A' - A].
+
+    The small differences come first: a product that rounds (float32 in TF32 or bfloat16, where torch is allowed to)
+    then rounds the movement. Of [B', -B] [A'; A] it would round B' A' and B A, a thousand times as large.
+    """
+    (A, B), (new_A, new_B) = old, new
+    return torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2)

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
-from .factors import INITS, Movement, begin, draw_a, draw_generator, finish_, matrix_shape, move_norm, product
+from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
 from .groups import MATCHED, LowRank, Params, ResolvedGroup, Selected, resolve_added_group, resolve_groups
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .matched import matched_scale, trial_shape
@@ -213,13 +213,12 @@ class ReLoRAOptimizer(Optimizer):
             self._inner.set_rates(self.param_groups, rates)
             self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in weights if weight.has_gradient] if counts else []
-            movements = begin(weight.factors for weight in moving)
+            before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
             result = inner.step(base, closure if self._passes_closure else None)
-            finish_(movements, [weight.factors for weight in moving])
-            for weight, movement in zip(moving, movements, strict=True):
-                move_weight_(weight.W, weight.entry, movement, weight.scale)
+            for weight, old in zip(moving, before, strict=True):
+                move_weight_(weight.W, weight.entry, old, weight.scale)
             if counts:
-                self._moved = self._measured(moving, movements)
+                self._moved = self._measured(moving, before)
         self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
@@ -662,11 +661,13 @@ class ReLoRAOptimizer(Optimizer):
                 pointing.point_(weights)
                 group["pointing"] = 0
 
-    def _measured(self, weights: Sequence[LowRankState], movements: Sequence[Movement]) -> dict[Tensor, Tensor] | None:
-        """Return how far the update has moved the weights; None where nobody asks."""
+    def _measured(
+        self, weights: Sequence[LowRankState], before: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[Tensor, Tensor] | None:
+        """Return how far the update has moved the weights, whose factors were `before`; None where nobody asks."""
         if not (self.measures_updates and self.is_low_rank):
             return None
-        return {w.W: move_norm(movement, w.scale) for w, movement in zip(weights, movements, strict=True)}
+        return {w.W: move_norm(old, (w.A, w.B), w.scale) for w, old in zip(weights, before, strict=True)}
 
     def _sketch(self) -> None:
         """Take the factors' gradients for sketches, in the groups whose A's are still to be pointed."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .factors import Factors, Movement, draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
+from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
 from .groups import Slot
 from .sharding import lay_out_factors
 
@@ -45,11 +45,6 @@ class LowRankState(NamedTuple):
         """(m, r)"""
         B: Tensor = self.entry["B"]
         return B
-
-    @property
-    def factors(self) -> Factors:
-        """(A, B)"""
-        return self.A, self.B
 
     @property
     def has_gradient(self) -> bool:
@@ -91,15 +86,16 @@ def _draw(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: in
     return lay_out_factors(A, B, W, slot.name)
 
 
-def move_weight_(W: Tensor, entry: Entry, movement: Movement, scale: float) -> None:
-    """Move W by what its factors have moved; a 16-bit W by way of its master."""
+def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: float) -> None:
+    """Move W by what its factors have moved since `old` = (A, B); a 16-bit W by way of its master."""
+    new = entry["A"], entry["B"]
     master = entry.get("master")
     if master is None:
-        move_(W, movement, scale)
+        move_(W, old, new, scale)
         return
     # Where somebody has written into W since (loaded weights, say), their value counts.
     master.copy_(torch.where(master.to(W.dtype) == W, master, W.to(master.dtype)))
-    move_(master, movement, scale)
+    move_(master, old, new, scale)
     W.copy_(master)
 
 
