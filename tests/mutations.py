@@ -458,11 +458,11 @@ MUTATIONS = (
         ("test_functional.py", "test_zeroing_the_models_gradients_is_enough and functional"),
     ),
     Mutation(
-        "measure an update from where it ended",
+        "move the weight by A's step along the B from after it",
         "factors.py",
         "(new_B - B, B)",
         "(new_B - B, new_B)",
-        ("test_metrics.py", "equals_one_of_dense_matrices and float64"),
+        ("test_laws_reference.py", WALK),
     ),
     Mutation(
         "measure the rounded weight, not its master",
