@@ -261,6 +261,20 @@ def restarts() -> list[Spec]:
     ]
 
 
+def restarts_large() -> list[Spec]:
+    """The same at width 256, again a sixteenth of the width: is the length the same from which on restarts pay?"""
+    common: dict[str, Any] = {**MATCHED, "rank": 16, "lr": 1e-3, "rest_lr": 16e-3}
+    return [
+        Spec(name, "relora", {**common, **own}, "w256", "botocore", length * STEPS, seed)
+        for length in (2, 4)
+        for seed in SEEDS
+        for name, own in (
+            ("LoRA, rank 16", {}),
+            ("ReLoRA, rank 16, every 500", {"restart_every": 500, "restart_warmup": 25}),
+        )
+    ]
+
+
 def confirm() -> list[Spec]:
     """What the grids settled, on three texts and three seeds that they have not seen."""
     trials: list[tuple[str, str, dict[str, Any]]] = [
@@ -448,6 +462,7 @@ PLANS: dict[str, Plan] = {
     "leaks": leaks,
     "long": long,
     "restarts": restarts,
+    "restarts-large": restarts_large,
     "confirm": confirm,
     "confirm-rivals": confirm_rivals,
     "tune-large": tune_large,
