@@ -6,12 +6,13 @@ Source: Lialin et al. 2023, "Stack More Layers Differently", arXiv 2307.05695.
 from . import prune
 from .bases import muon_beside_adamw
 from .export import save_merged
+from .functional import FunctionalModel
 from .guard import Guard
 from .metrics import Memory, Metrics, WeightMetrics, memory
 from .optimizer import ReLoRAOptimizer
 from .schedule import JaggedSchedule, constant, cosine, linear, wsd
 from .select import default_targets, target_names
-from .step import FunctionalModel, Step
+from .step import Step
 from .trainer import trainer_factory
 from .weight import LowRankWeight
 

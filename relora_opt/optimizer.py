@@ -50,9 +50,10 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from .functional import FunctionalModel
     from .guard import Guard
     from .metrics import Memory, Metrics
-    from .step import FunctionalModel, Step
+    from .step import Step
 
 Group = dict[str, Any]
 
@@ -505,8 +506,8 @@ class ReLoRAOptimizer(Optimizer):
         return memory(self)
 
     def functional(self, model: nn.Module) -> FunctionalModel:
-        """Return the model as a module that trains factors and keeps no dense gradient (see step.py)."""
-        from .step import FunctionalModel
+        """Return the model as a module that trains factors and keeps no dense gradient (see functional.py)."""
+        from .functional import FunctionalModel
 
         self._check_sketches("on the functional path")
         self._restore_models()

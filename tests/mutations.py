@@ -291,7 +291,7 @@ MUTATIONS = (
     ),
     Mutation(
         "swap the weights back before the backward pass",
-        "step.py",
+        "functional.py",
         "        if not self._is_swapped:\n",
         "        if False:\n",
         ("test_laws_autograd.py", "activation_checkpointing and functional"),
@@ -347,7 +347,7 @@ MUTATIONS = (
     ),
     Mutation(
         "swap a shared module once for each of its names",
-        "step.py",
+        "functional.py",
         "output = functional_call(model, weights, args, kwargs, tie_weights=False)",
         "output = functional_call(model, weights, args, kwargs)",
         ("test_functional.py", "module_under_two_names"),
@@ -438,14 +438,14 @@ MUTATIONS = (
     ),
     Mutation(
         "swap the weights in without gradients",
-        "step.py",
+        "functional.py",
         "with torch.enable_grad():  # which a backward pass is without",
         "with torch.no_grad():",
         ("test_laws_autograd.py", "autograd_function"),
     ),
     Mutation(
         "leave out a weight that sits in a list, too",
-        "step.py",
+        "functional.py",
         "            if parameter is W:\n",
         "            if parameter is W and name != 'weight_ih_l0':\n",
         ("test_models.py", "oracles and recurrent"),
@@ -501,15 +501,15 @@ MUTATIONS = (
     ),
     Mutation(
         "leave every rank its own weights under the functional model",
-        "step.py",
-        "_broadcast_(W, ddp.process_group)",
+        "functional.py",
+        "broadcast_(W, ddp.process_group)",
         "pass",
         ("test_distributed.py", "test_ddp_around_the_functional_model_starts_from_the_first and float32"),
     ),
     Mutation(
         "leave every process of a step its own weights",
         "step.py",
-        "        _broadcast_(tensor, group)\n",
+        "        broadcast_(tensor, group)\n",
         "        pass\n",
         ("test_step_parallel.py", "start_apart"),
     ),
@@ -522,7 +522,7 @@ MUTATIONS = (
     ),
     Mutation(
         "take a DistributedDataParallel from before the switch",
-        "step.py",
+        "functional.py",
         "            _refuse_stale(ddp, self)\n",
         "",
         ("test_distributed.py", "test_ddp_around_the_functional_model_communicates and None-kaiming"),

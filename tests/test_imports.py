@@ -51,17 +51,18 @@ ROOMS: dict[str, set[str]] = {
         "loading",
     },
     "guard": set(),
-    "step": {"gradients", "guard", "select", "sharding", "weight"},
+    "functional": {"select", "sharding", "weight"},
+    "step": {"functional", "gradients", "guard"},
     "metrics": {"factors", "optimizer", "prune", "sharding", "state"},
     "export": {"select", "sharding"},
     "trainer": {"optimizer"},
     "__init__": {
-        *("bases", "prune", "export", "guard", "metrics", "optimizer", "schedule", "select", "step", "trainer"),
-        "weight",
+        *("bases", "prune", "export", "functional", "guard", "metrics", "optimizer", "schedule", "select", "step"),
+        *("trainer", "weight"),
     },
 }
 # Methods that make an object of the room above import it when they are called.
-CALLED_LATE = {("optimizer", "step"), ("optimizer", "metrics")}
+CALLED_LATE = {("optimizer", "functional"), ("optimizer", "step"), ("optimizer", "metrics")}
 
 
 class Import(ast.NodeVisitor):
