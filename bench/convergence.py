@@ -175,8 +175,8 @@ def _make(spec: Spec, *, device: str, compile: bool) -> str:
 
 def _report() -> None:
     from .pictures import draw_methods, draw_restarts
-    from .plans import table_6
     from .report import rows, write_report
+    from .restarts import table_6
 
     folder = RESULTS.parent
     write_report(folder / "convergence.md")
