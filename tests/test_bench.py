@@ -9,7 +9,7 @@ import torch
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 from torch import Tensor, nn
 
-from bench import convergence, pictures, plans, report
+from bench import convergence, grids, pictures, report
 from bench.convergence import Spec
 from bench.methods import BETAS, MAX_NORM, Dense, ReLoRA, is_matrix, loss_fn, outer
 from bench.plans import PLANS
@@ -118,7 +118,7 @@ def test_every_variant_learns_and_is_like_no_other(settings: dict[str, Any]) -> 
 def test_the_runs_of_a_plan_have_files_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever a grid has found: confirmations wait for it.
     monkeypatch.setattr(
-        plans, "_settled", lambda grid: [(s.name, s.method, s.settings) for s in {s.name: s for s in grid}.values()]
+        grids, "_settled", lambda grid: [(s.name, s.method, s.settings) for s in {s.name: s for s in grid}.values()]
     )
     specs = PLANS[name]()
     assert len({spec.path for spec in specs}) == len(specs)
@@ -127,13 +127,13 @@ def test_the_runs_of_a_plan_have_files_of_their_own(name: str, monkeypatch: pyte
 
 def test_what_is_confirmed_is_the_best_of_a_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "RESULTS", tmp_path)
-    grid = plans.tune_large()
+    grid = grids.tune_large()
     for number, spec in enumerate(grid[:-1]):
         spec.path.write_text(json.dumps({"val_loss": 4.0 - number % 3}))
     with pytest.raises(LookupError, match="1 runs of the grid are missing"):
-        plans.confirm_large()
+        grids.confirm_large()
     grid[-1].path.write_text(json.dumps({"val_loss": 1.0}))
-    confirmed = {(spec.name, spec.settings["lr"], spec.settings["rest_lr"]) for spec in plans.confirm_large()}
+    confirmed = {(spec.name, spec.settings["lr"], spec.settings["rest_lr"]) for spec in grids.confirm_large()}
     last = grid[-1]
     assert (last.name, last.settings["lr"], last.settings["rest_lr"]) in confirmed
     assert sum(name == "full-rank AdamW" for name, *_ in confirmed) == 2
