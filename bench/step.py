@@ -236,6 +236,9 @@ def _peak_in_process(key: str, arguments: argparse.Namespace) -> int:
 
 def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> list[Row]:
     """Time the contenders beside each other and return their rows; full rank is the first of them."""
+    if not arguments.no_memory:
+        print("measuring memory", file=sys.stderr)  # first: what fails there costs no timings
+    peaks = {key: 0 if arguments.no_memory else _peak_in_process(key, arguments) for key in keys}
     trainers, num_parameters = {}, 0
     for key in keys:
         print(f"building {CONTENDERS[key].name}", file=sys.stderr)
@@ -258,7 +261,6 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     kept = {key: (state_bytes(trainer, num_parameters), sent_bytes(trainer)) for key, trainer in trainers.items()}
     of_selected = {key: kept_bytes(trainer, shape, num_parameters) for key, trainer in trainers.items()}
     restarts = {key: _restart_seconds(trainer) for key, trainer in trainers.items()}  # they drop state
-    print("measuring memory", file=sys.stderr)
     for key in trainers:
         contender = CONTENDERS[key]
         rows.append(
@@ -267,7 +269,7 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
                 times[key],
                 statistics.median(full / own for full, own in zip(times[keys[0]], times[key], strict=True)),
                 bound(contender.cost, shape, arguments.rank, accumulate=arguments.accumulate),
-                0 if arguments.no_memory else _peak_in_process(key, arguments),
+                peaks[key],
                 *kept[key],
                 of_selected[key],
                 restarts[key],
