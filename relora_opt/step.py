@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import gradients
+from .compiler import drop_cut_library
 from .functional import Around, broadcast_, check_module
 from .guard import Guard
 
@@ -80,9 +82,9 @@ class Step:
         _check_process_group(process_group)
         if process_group is not None:
             _start_alike_(optimizer, model, self._functional.factors(), process_group)
-        self._forward: Callable[..., Any] = self._functional
+        self._pass: Callable[..., Any] = self._functional  # forward and backward
         if compile:
-            self._forward = _compiled(self._functional)
+            self._pass = _compiled(self._functional, accumulate, has_aux=has_aux)
         self._losses: list[Tensor] = []  # of the update that is accumulated
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
@@ -90,9 +92,7 @@ class Step:
         if self._is_compiled:
             self._functional.check_held()
         with torch.enable_grad():
-            loss, aux = _split(self._forward(*batch, **kwargs), has_aux=self.has_aux)
-            if self._is_compiled:
-                _backward(loss, self.accumulate)
+            loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
         if self.guard is not None:
             self._losses.append(loss)
@@ -155,17 +155,26 @@ def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
         )
 
 
-def _compiled(module: nn.Module) -> Callable[..., Any]:
-    compiled = torch.compile(module, fullgraph=True)
+def _compiled(loss: nn.Module, accumulate: int, *, has_aux: bool) -> Callable[..., Any]:
+    """Return the forward pass, compiled, with the backward pass after it."""
+    compiled = torch.compile(loss, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(line for line in str(error).splitlines()[:2] if line).rstrip(".")
-            raise RuntimeError(
-                f"make_step cannot compile this model and loss_fn ({reason}): say compile=False"
-            ) from error
+        dropped: set[Path] = set()
+        while True:
+            try:
+                result = compiled(*args, **kwargs)
+                _backward(_split(result, has_aux=has_aux)[0], accumulate)
+                return result
+            except Exception as error:
+                if drop_cut_library(error, dropped):
+                    continue
+                if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                    raise
+                reason = " ".join(line for line in str(error).splitlines()[:2] if line).rstrip(".")
+                raise RuntimeError(
+                    f"make_step cannot compile this model and loss_fn ({reason}): say compile=False"
+                ) from error
 
     return call
 
