@@ -44,6 +44,15 @@ class _Place(NamedTuple):
         return float(self.digits)
 
 
+class _Held(NamedTuple):
+    """A parameter of the optimizer's in the model."""
+
+    module: nn.Module
+    name: str
+    W: Tensor
+    was_trained: bool
+
+
 class Around(nn.Module):
     """A module of this project around the caller's model, which messages are about."""
 
@@ -68,29 +77,30 @@ class FunctionalModel(nn.Module):
         super().__init__()
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
         self._places: list[_Place] = []
-        self._held: list[tuple[nn.Module, str, Tensor]] = []
+        self._held: list[_Held] = []
+        self._structure: list[Any] = []
         self._is_swapped = False
         self._synchronised: ReferenceType[DistributedDataParallel] | None = None
-        known = {id(p) for p in optimizer.parameters()}
-        _check_model(model, known)
+        self._optimizer = optimizer
+        _check_model(model, optimizer)
         self.training = model.training
         self.register_phase(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns, bitwise."""
-        model, weights = self._models[0], self._weights()
+        model = self._models[0]
         if torch.compiler.is_compiling():
-            return functional_call(model, weights, args, kwargs, tie_weights=False)
+            return functional_call(model, self._weights(), args, kwargs, tie_weights=False)
+        self.restore()
+        self.follow()
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None and any(module is self for module in ddp.module.modules()):
             _refuse_stale(ddp, self)
             self._synchronise(ddp)
-        self.restore()
-        self.check_held()
-        output = functional_call(model, weights, args, kwargs, tie_weights=False)
+        output = functional_call(model, self._weights(), args, kwargs, tie_weights=False)
         if torch.is_grad_enabled():
             for tensor in _tensors(output, set()):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:  # a leaf would keep its hook for ever, and has nothing behind it
                     tensor.register_hook(self._swap_in)
         return output
 
@@ -101,32 +111,35 @@ class FunctionalModel(nn.Module):
 
     def register_phase(self, optimizer: ReLoRAOptimizer) -> None:
         """Register what the optimizer trains now; it calls this itself when that changes, at the switch say."""
-        model = self._models[0]
+        self.restore()
+        model, keys = self._models[0], dict[int, str]()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        parts = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
-        self._held = [(module, name, p) for module, name, p in parts if p is not None and id(p) in groups]
-        self._places = []
+        self._places, self._held, self._structure = [], [], _structure(model)
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for name, parameter in model.named_parameters():
-            group = groups.get(id(parameter))
-            key = _key(name)
-            if group is None:
-                continue
-            if optimizer.is_low_rank and group["rank"] and parameter.requires_grad:
-                self.A[key], self.B[key] = optimizer.factors(parameter)
-                self._places += _places(model, parameter, key, optimizer.scale(parameter))
-            else:
-                self.rest[key] = parameter
+        for module_path, module in model.named_modules():
+            for name, W in module._parameters.items():
+                group = None if W is None else groups.get(id(W))
+                if W is None or group is None:
+                    continue
+                path = f"{module_path}.{name}" if module_path else name
+                key = keys.setdefault(id(W), _key(path))  # by its first name, where it has several
+                self._held.append(_Held(module, name, W, W.requires_grad))
+                if not (optimizer.is_low_rank and group["rank"] and W.requires_grad):
+                    self.rest[key] = W
+                    continue
+                self.A[key], self.B[key] = optimizer.factors(W)
+                self._places.append(_Place(module, name, path, W, key, repr(optimizer.scale(W))))
+        self._buffers.clear()
         for name, buffer in model.named_buffers():
             self.register_buffer(_key(name), buffer)
 
-    def check_held(self) -> None:
-        """Refuse a model in which somebody has replaced a parameter: the old one would be trained, to no effect.
+    def follow(self) -> None:
+        """Register anew where the model has changed: layers were moved, or weights were frozen or unfrozen.
 
         Raises:
-            RuntimeError: names the parameter.
+            RuntimeError: where somebody has replaced a parameter: the old one would be trained, to no effect.
         """
-        for module, name, parameter in self._held:
+        for module, name, parameter, _ in self._held:
             current = module._parameters.get(name)
             if current is not parameter and not isinstance(current, LowRankWeight):
                 paths = {id(each): f"{path}.{name}" for path, each in _unwrapped(self._models[0]).named_modules()}
@@ -135,6 +148,10 @@ class FunctionalModel(nn.Module):
                     "let what replaces parameters (Accelerate's prepare, fully_shard, load_state_dict(assign=True)) "
                     "come first, then the optimizer, then functional() or make_step()"
                 )
+        is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
+        if not is_same or _structure(self._models[0]) != self._structure:
+            _check_model(self._models[0], self._optimizer)
+            self.register_phase(self._optimizer)
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""
@@ -161,13 +178,14 @@ class FunctionalModel(nn.Module):
             with torch.enable_grad():  # which a backward pass is without
                 weights = self._weights()
             for place in self._places:
-                place.module._parameters[place.name] = weights[place.path]  # type: ignore[assignment]
-            torch.autograd.Variable._execution_engine.queue_callback(self.restore)
+                place.module._parameters[place.name] = weights.get(place.path, place.W)  # type: ignore[assignment]
+            torch.autograd.Variable._execution_engine.queue_callback(_Restoring(self))
 
     def _weights(self) -> dict[str, Tensor]:
         return {
             place.path: LowRankWeight.wrap(place.W, self.A[place.key], self.B[place.key], place.scale)
             for place in self._places
+            if place.W.requires_grad  # asked here too, for torch.compile, which skips `follow`
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FunctionalModel:
@@ -192,6 +210,18 @@ class FunctionalModel(nn.Module):
         )
 
 
+class _Restoring:
+    """Gives the model its own weights back when a backward pass is over, or drops this because it has failed."""
+
+    def __init__(self, functional: FunctionalModel) -> None:
+        self._functional = functional
+
+    def __call__(self) -> None:
+        self._functional.restore()
+
+    __del__ = __call__
+
+
 @torch.no_grad()
 def broadcast_(tensor: Tensor, group: Any) -> None:
     """Overwrite a tensor with the first process's; as bytes, for not every backend knows every dtype."""
@@ -208,12 +238,12 @@ def check_module(model: object) -> None:
         raise TypeError(f"model={model!r} must be the nn.Module that the optimizer trains")
 
 
-def _check_model(model: nn.Module, known: set[int]) -> None:
+def _check_model(model: nn.Module, optimizer: ReLoRAOptimizer) -> None:
     check_module(model)
     if any(isinstance(module, FunctionalModel) for module in model.modules()):
         raise TypeError("this is a functional model already: pass the model itself, which it was made of")
     parameters = dict(model.named_parameters())
-    if not known & {id(p) for p in parameters.values()}:
+    if not {id(p) for p in optimizer.parameters()} & {id(p) for p in parameters.values()}:
         model = _unwrapped(model)
         raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
     sharded = [name for name, p in parameters.items() if is_sharded(p)]
@@ -236,12 +266,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _places(model: nn.Module, W: Tensor, key: str, scale: float) -> Iterator[_Place]:
-    """Yield every place of a weight, once for each module that holds it, however many names that module has."""
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is W:
-                yield _Place(module, name, f"{path}.{name}" if path else name, W, key, repr(float(scale)))
+def _structure(model: nn.Module) -> list[Any]:
+    """Return every module, each followed by its children and their names: equal lists mean that nothing has moved."""
+    structure: list[Any] = []
+    modules, seen = [model], {model}
+    for module in modules:  # which grow meanwhile
+        structure.append(module)
+        for item in module._modules.items():
+            structure.append(item)
+            if item[1] is not None and item[1] not in seen:
+                seen.add(item[1])
+                modules.append(item[1])
+    return structure
 
 
 def _key(name: str) -> str:
@@ -261,8 +297,8 @@ def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
 
 def _refuse_stale(ddp: DistributedDataParallel, module: FunctionalModel) -> None:
     """Refuse a DistributedDataParallel that was built around other parameters: its ranks would diverge in silence."""
-    if not {id(p) for p in module.parameters()} <= {id(p) for p in ddp._module_parameters}:
+    if not {id(p) for p in module.parameters() if p.requires_grad} <= {id(p) for p in ddp._module_parameters}:
         raise RuntimeError(
-            "this DistributedDataParallel was built before the switch to low rank and communicates the wrong "
-            "gradients: wrap optimizer.functional(model) again after the switch"
+            "this DistributedDataParallel was built before the switch to low rank, or while weights were frozen that "
+            "are trained now, and communicates the wrong gradients: wrap optimizer.functional(model) again"
         )

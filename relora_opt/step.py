@@ -90,7 +90,7 @@ class Step:
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
         if self._is_compiled:
-            self._functional.check_held()
+            self._functional.follow()
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))

@@ -199,6 +199,8 @@ def _as_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             return None
     if not (isinstance(weight, LowRankWeight) and isinstance(x, Tensor)) or weight.dense.dim() != 2 or x.dim() < 1:
         return None
+    if x.layout in _SPARSE:
+        return None
     return _Product(x, weight, bias)
 
 
@@ -227,6 +229,7 @@ def _getters(*names: str) -> list[Any]:
 _MMS = (torch.mm, Tensor.mm)
 _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _TRANSPOSES = (torch.t, Tensor.t, torch.transpose, Tensor.transpose, *_getters("T", "mT"))
 # What writes to its first argument, by torch's convention for the names of such methods and operators.
 _IN_PLACE = frozenset(
