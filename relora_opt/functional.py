@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .select import PARALLEL
 from .sharding import is_sharded
-from .weight import LowRankWeight
+from .weight import LowRankWeight, project
 
 if TYPE_CHECKING:
     from .optimizer import ReLoRAOptimizer
@@ -103,6 +103,22 @@ class FunctionalModel(nn.Module):
                 if tensor.grad_fn is not None:  # a leaf would keep its hook for ever, and has nothing behind it
                     tensor.register_hook(self._swap_in)
         return output
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients of what is trained, and those that have reached the low-rank weights themselves."""
+        super().zero_grad(set_to_none)
+        for place in self._places:
+            place.W.grad = None
+
+    @torch.no_grad()
+    def project_dense(self) -> None:
+        """Give the gradients that have reached the low-rank weights themselves to their factors."""
+        for place in self._places:
+            if place.W.grad is not None:
+                factors = self.A[place.key], self.B[place.key]
+                for factor, gradient in zip(factors, project(place.W.grad, *factors, place.scale), strict=True):
+                    factor.grad = gradient if factor.grad is None else factor.grad + gradient
+                place.W.grad = None
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """Set the mode of the model."""

@@ -192,6 +192,7 @@ class Inner:
             for holder, name, parameter in _links(groups, state):
                 if holder.get(name):
                     self._optimizer.state[parameter] = holder[name]
+            self._optimizer.state.update(_of_no_parameter(state))
         return self._optimizer
 
     def set_rates(self, groups: list[Group], rates: list[Any]) -> None:
@@ -205,6 +206,7 @@ class Inner:
         assert self._optimizer is not None
         for holder, name, parameter in _links(groups, state):
             holder[name] = self._optimizer.state[parameter]
+        state.update(_of_no_parameter(self._optimizer.state))
         for group, own in zip(groups, self._optimizer.param_groups, strict=True):
             group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
         self._has_adopted = True
@@ -238,6 +240,11 @@ def _links(groups: list[Group], state: Any) -> Iterator[tuple[Any, Any, Tensor]]
             yield entry, "B_state", entry["B"]
         else:
             yield state, p, p
+
+
+def _of_no_parameter(state: Any) -> dict[Any, Any]:
+    """Return what an optimizer keeps under other keys than parameters: torch saves and loads it as it is."""
+    return {key: value for key, value in state.items() if not isinstance(key, Tensor)}
 
 
 def _ids(group: Group) -> list[int]:

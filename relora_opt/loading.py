@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .factors import factor_dtype, matrix_shape
+from .factors import matrix_shape
 from .groups import Selected
 from .sharding import is_sharded
-from .state import CLOCK, FORMAT, READABLE, Entry, is_low_rank
+from .state import CLOCK, FORMAT, READABLE, Entry, add_master_, is_low_rank
 
 StateDict = dict[str, Any]
 
@@ -113,8 +113,7 @@ def loaded(saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool)
             entry[key] = live[key]
         else:
             entry[key] = nn.Parameter(entry[key])
-    if factor_dtype(W.dtype) != W.dtype:
-        entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))
+    add_master_(entry, W)
     return entry
 
 

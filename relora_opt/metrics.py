@@ -20,7 +20,7 @@ from .factors import product_norm
 from .optimizer import ReLoRAOptimizer
 from .prune import Pruned
 from .sharding import full, local
-from .state import Entry, is_low_rank
+from .state import Entry, exact_weight, is_low_rank
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _low_rank_norm(weight: Watched) -> Tensor | float:
 
 
 def _weight_norm(weight: Watched) -> Tensor:
-    W = weight.entry.get("master", weight.W) if is_low_rank(weight.entry) else weight.W
+    W = exact_weight(weight.W, weight.entry if is_low_rank(weight.entry) else None)
     norm: Tensor = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
     return norm
 

@@ -40,8 +40,10 @@ from .state import (
     FORMAT,
     Entry,
     LowRankState,
+    add_master_,
     check_fits,
     detached,
+    exact_weight,
     is_low_rank,
     move_weight_,
     new_clock,
@@ -317,7 +319,10 @@ class ReLoRAOptimizer(Optimizer):
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
                 group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
+        for factor in self._all_factors():
+            factor.grad = None  # as at a restart: it belongs to the A before
         self._moved, self._pruned = None, {}
+        self._num_loads += 1
         self._changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -425,7 +430,7 @@ class ReLoRAOptimizer(Optimizer):
         selected = self._find(parameter)
         if selected.group["pointing"]:
             return parameter.detach().clone()
-        W: Tensor = self.state.get(parameter, {}).get("master", parameter)
+        W = exact_weight(parameter, self.state.get(parameter))
         return (W - product(A, B, self._scale(selected)).view(W.shape)).to(parameter.dtype)
 
     @property
@@ -557,6 +562,7 @@ class ReLoRAOptimizer(Optimizer):
         self._last_lr = []
         self._moved, self._pruned = None, {}
         self.grad_norm = None
+        self._num_loads = 0
 
     def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
         """Return the base over parameters like those that it will see, for the options that it fills in."""
@@ -696,6 +702,7 @@ class ReLoRAOptimizer(Optimizer):
         for selected in self._selected():
             is_news |= not is_low_rank(self.state.get(selected.W)) and selected.W not in self._drafts
             self.state[selected.W] = entry = self._entry(selected)
+            add_master_(entry, selected.W)
             check_fits(selected.W, entry, selected.slot.name)
         self._drafts.clear()
         if is_news:
@@ -731,6 +738,7 @@ class ReLoRAOptimizer(Optimizer):
             group["last_restart"] = self.num_updates
         for selected in self._selected():
             self.state.pop(selected.W, None)
+            selected.W.grad = None  # used up: what zeroes the functional model's gradients will not reach it any more
         self._make_entries()
 
     def _amp_skips(self) -> bool:

@@ -155,7 +155,16 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _batch_ids(model: nn.Module) -> Iterator[int]:
-    """Yield the ids of 3-D parameters that stack matrices: all but those of convolutions."""
+    """Yield the ids of 3-D parameters that stack matrices: all but those of convolutions, parametrized ones too."""
+    kernels = {id(p) for module in model.modules() if isinstance(module, _CONVOLUTIONS) for p in _own(module)}
     for module in model.modules():
-        if not isinstance(module, _CONVOLUTIONS):
-            yield from (id(p) for p in module.parameters(recurse=False) if not is_lazy(p) and p.dim() == 3)
+        own = (p for p in module.parameters(recurse=False) if not is_lazy(p) and p.dim() == 3)
+        yield from (id(p) for p in own if id(p) not in kernels)
+
+
+def _own(convolution: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield a convolution's parameters, and what parametrizations have made of them."""
+    yield from convolution.parameters(recurse=False)
+    parametrizations = getattr(convolution, "parametrizations", None)
+    for made in parametrizations.values() if isinstance(parametrizations, nn.ModuleDict) else ():
+        yield from made.parameters(recurse=False)

@@ -59,15 +59,14 @@ def new_clock() -> dict[str, int]:
 
 def is_low_rank(entry: Entry | None) -> TypeGuard[Entry]:
     """Say whether a parameter's state holds factors."""
-    return entry is not None and "A" in entry
+    return isinstance(entry, dict) and "A" in entry
 
 
 def new_entry(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: int) -> Entry:
     """Return the state of a weight at the start of its first cycle: A and B drawn, nothing known of either."""
     A, B = _draw(W, slot, rank, init=init, seed=seed, restart=restart)
     entry: Entry = {"A": nn.Parameter(A), "B": nn.Parameter(B), "A_state": {}, "B_state": {}}
-    if factor_dtype(W.dtype) != W.dtype:
-        entry["master"] = W.detach().to(factor_dtype(W.dtype))
+    add_master_(entry, W)
     return entry
 
 
@@ -93,10 +92,21 @@ def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: flo
     if master is None:
         move_(W, old, new, scale)
         return
-    # Where somebody has written into W since (loaded weights, say), their value counts.
-    master.copy_(torch.where(master.to(W.dtype) == W, master, W.to(master.dtype)))
+    master.copy_(exact_weight(W, entry))
     move_(master, old, new, scale)
     W.copy_(master)
+
+
+def exact_weight(W: Tensor, entry: Entry | None) -> Tensor:
+    """Return W as its state has it: a 16-bit W's float32 value, except where somebody has written into W since."""
+    master: Tensor | None = (entry or {}).get("master")
+    return W if master is None else torch.where(master.to(W.dtype) == W, master, W.to(master.dtype))
+
+
+def add_master_(entry: Entry, W: Tensor) -> None:
+    """Give a weight that has 16 bits now, and had more when its factors were made, its float32 value."""
+    if factor_dtype(W.dtype) != W.dtype:
+        entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))
 
 
 def check_fits(W: Tensor, entry: Entry, name: str) -> None:

@@ -86,9 +86,12 @@ class Step:
         if compile:
             self._pass = _compiled(self._functional, accumulate, has_aux=has_aux)
         self._losses: list[Tensor] = []  # of the update that is accumulated
+        self._num_loads = optimizer._num_loads
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
+        if self._num_loads != self.optimizer._num_loads:
+            self._begin_anew()
         if self._is_compiled:
             self._functional.follow()
         with torch.enable_grad():
@@ -104,6 +107,7 @@ class Step:
     def _update(self) -> None:
         _check_process_group(self.process_group)
         if self.process_group is not None:
+            self._functional.project_dense()  # a penalty's, say: averages are of what is trained
             gradients.average_(self._functional.parameters(), self.process_group)
         if self.guard is None:
             self.optimizer.step()
@@ -111,6 +115,15 @@ class Step:
             self.guard.step(self.optimizer, self._mean_loss())
         self._losses.clear()
         self.optimizer.zero_grad()
+
+    def _begin_anew(self) -> None:
+        """Forget the micro-batches of an update in the middle of which a state was loaded."""
+        self._num_loads = self.optimizer._num_loads
+        begun = self.num_micro_batches % self.accumulate
+        if begun:
+            self.num_micro_batches -= begun
+            self._losses.clear()
+            self.optimizer.zero_grad()
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all processes; it waits for the device."""

@@ -374,3 +374,37 @@ def test_zeroing_the_models_gradients_is_enough_between_updates(path: str) -> No
             (model if zeroes_by_model else optimizer).zero_grad()
         runs.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+@pytest.mark.parametrize("warm_start", [0, 1])
+def test_zeroing_the_functional_model_zeroes_all_that_a_step_uses(warm_start: int, penalty: float) -> None:
+    ends = []
+    for zeroes_functional in (False, True):
+        model = mlp(torch.float64)
+        optimizer = small(model, schedule=JaggedSchedule(0, warm_start=warm_start))
+        f = optimizer.functional(model)
+        weights = list(selected_weights(model).values())
+        for index in range(4):
+            loss = mse(f, *batch(index, torch.float64)) + penalty * sum(w.square().sum() for w in weights)
+            loss.backward()
+            optimizer.step()
+            (f if zeroes_functional else optimizer).zero_grad()
+            assert all(weight.grad is None for weight in weights) or index < warm_start
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_the_last_gradient_of_the_warm_start_is_used_once_where_only_what_is_trained_is_zeroed() -> None:
+    # What DistributedDataParallel.zero_grad() does around the functional model.
+    ends = []
+    for zeroes_parameters in (False, True):
+        model = mlp(torch.float64)
+        optimizer = small(model, schedule=JaggedSchedule(0, warm_start=1))
+        f = optimizer.functional(model)
+        for index in range(4):
+            mse(f, *batch(index, torch.float64)).backward()
+            optimizer.step()
+            nn.Module.zero_grad(f) if zeroes_parameters else optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, batch, differences, jagged_schedule, mlp, relora, snapshot, stepper, through_file
-from torch import Tensor
+from models import MLP, batch, differences, jagged_schedule, mlp, mse, relora, snapshot, stepper, through_file
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from relora_opt import ReLoRAOptimizer, prune
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
 
 LAST = 25
 SCHEDULE = jagged_schedule(restart_every=6, restart_warmup=2, warm_start=6)  # switch after 6; restarts after 12, 18, 24
@@ -179,3 +179,39 @@ def test_model_and_optimizer_load_in_either_order(model_first: bool, dtype: torc
         step(*batch(index, dtype))
         other_step(*batch(index, dtype))
     assert not differences(snapshot(model, optimizer), snapshot(other, fresh))
+
+
+class Counting(torch.optim.SGD):
+    """SGD that keeps a number of its own under a key that is no parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        count = self.state["of the whole"]["count"] = self.state.setdefault("of the whole", {}).get("count", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(1 / count)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_base_keeps_of_no_parameter_is_saved_and_outlasts_the_switch(rank: int) -> None:
+    def build() -> tuple[nn.Module, ReLoRAOptimizer]:
+        model = mlp(torch.float64)
+        return model, ReLoRAOptimizer(model, Counting, rank=rank, lr=0.1, schedule=JaggedSchedule(3, warm_start=2))
+
+    def train(model: nn.Module, optimizer: ReLoRAOptimizer, updates: range) -> None:
+        for index in updates:
+            mse(model, *batch(index, torch.float64)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = build()
+    train(model, optimizer, range(6))
+    assert optimizer.state["of the whole"] == {"count": 6}
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(6, 9))
+    other, fresh = build()
+    other.load_state_dict(saved[0])
+    fresh.load_state_dict(saved[1])
+    train(other, fresh, range(6, 9))
+    assert differences(snapshot(model, optimizer), snapshot(other, fresh)) == []

@@ -1,10 +1,11 @@
 """What `make_step` and the loops around it promise: no dense gradient, accumulation, skipped updates, GradScaler."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from models import batch, differences, jagged_schedule, mlp, mse, relora, selected_weights, stepper
+from models import batch, differences, jagged_schedule, mlp, mse, relora, selected_weights, snapshot, stepper
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -270,3 +271,24 @@ def test_a_small_step_of_large_factors_moves_the_weight_to_the_last_digits() -> 
     optimizer.step()
     exact = 3.0 / 4 * (B.detach().double() @ A.detach().double() - before[1] @ before[0])
     assert float((model.weight.detach() - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_a_state_that_is_loaded_in_the_middle_of_an_update_begins_it_anew() -> None:
+    ends = []
+    for loads in (False, True):
+        model = mlp(torch.float64)
+        optimizer = relora(model, schedule=JaggedSchedule(3, 1))
+        step = optimizer.make_step(model, mse, compile=False, accumulate=2, skip_nonfinite=True)
+        for index in range(4):
+            step(*batch(index, torch.float64))
+        if loads:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            step(*batch(9, torch.float64))
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for index in range(4, 8):
+            step(*batch(index, torch.float64))
+        assert optimizer.num_updates == 4
+        assert step.num_micro_batches == 8
+        ends.append(snapshot(model, optimizer))
+    assert differences(*ends) == []

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BASES, batch, mlp, relora, selected_weights, stepper
+from models import BASES, batch, mlp, mse, relora, selected_weights, stepper
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
@@ -90,3 +90,39 @@ def test_a_value_written_into_a_16_bit_weight_is_kept(write: str) -> None:
     step(*batch(1, torch.bfloat16))  # too small to be seen
     for name, weight in selected_weights(model).items():
         assert torch.equal(weight, selected_weights(other)[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_that_is_cast_after_its_factors_were_drawn_remembers_too(dtype: torch.dtype) -> None:
+    ends = []
+    for casts_first in (True, False):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linspace(0.5, 1, 144).view(4, 4, 3, 3).to(dtype))
+        model.to(dtype if casts_first else torch.float32)
+        optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, targets=["0"], lr=1e-4)
+        optimizer.functional(model)
+        model.to(dtype)
+        step = optimizer.make_step(model, lambda model, x: model(x).float().sum(), compile=False)
+        for _ in range(20):
+            step(torch.ones(1, 4, 3, 3, dtype=dtype))
+        assert "master" in optimizer.state[model[0].weight]
+        ends.append(optimizer.state[model[0].weight]["master"])
+    assert not torch.equal(ends[0], ends[0].to(dtype).float())
+    assert torch.equal(*ends)
+
+
+def test_the_frozen_weight_and_the_metrics_are_of_what_somebody_has_written() -> None:
+    model = mlp(torch.bfloat16)
+    optimizer = relora(model)
+    mse(model, *batch(0, torch.bfloat16)).backward()
+    optimizer.step()
+    name, weight = next(iter(selected_weights(model).items()))
+    with torch.no_grad():
+        weight.fill_(5.0)
+    A, B = optimizer.factors(weight)
+    torch.testing.assert_close(
+        optimizer.frozen_weight(weight), (5.0 - optimizer.scale(weight) * (B @ A)).bfloat16(), rtol=0, atol=0
+    )
+    expected = optimizer.scale(weight) * float((B @ A).detach().norm()) / (5.0 * weight.numel() ** 0.5)
+    assert optimizer.metrics().weights[f"{name}.weight"].low_rank_ratio == pytest.approx(expected, rel=1e-4)

@@ -484,3 +484,13 @@ def train(model: nn.Module, optimizer: ReLoRAOptimizer, count: int) -> None:
         model(torch.ones(4, 5)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("parametrize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the second is deprecated
+def test_a_parametrized_convolution_is_one_matrix(parametrize: Any) -> None:
+    model = nn.Sequential(parametrize(nn.Conv1d(16, 32, 7)))
+    optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=4, lr=0.1, targets=r"original1|weight_v")
+    (name,) = optimizer.selected
+    A, B = optimizer.factors(model.get_parameter(name))
+    assert (A.shape, B.shape) == ((4, 112), (32, 4))

@@ -97,6 +97,28 @@ def starts_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) 
     return seen
 
 
+class Aliased(nn.Module):
+    """A model that reads a weight past its module, where no low-rank weight can stand in for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = mlp(torch.float64)
+        self.alias = [self.model.first.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + (x @ self.alias[0][:, : x.shape[1]].mT).mean(1, keepdim=True)
+
+
+def reads_elsewhere(rank: int | None, group: dist.ProcessGroup | None, settings: dict[str, Any]) -> Any:
+    model = Aliased()
+    step = optimizer_of(model).make_step(model, loss_fn, compile=False, process_group=group)
+    for index in range(UPDATES):
+        x, y = batch(index, torch.float64)
+        step(*((x, y) if rank is None else (part.tensor_split(SIZE)[rank] for part in (x, y))))
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def refuses_to_train_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
     """`dist.group.WORLD`, read before the processes have met, is None; here they meet after the step was made."""
     model = mlp()
@@ -202,3 +224,11 @@ def test_gradients_that_some_processes_lack_count_as_zero(ranks: Ranks) -> None:
 
 def test_a_16_bit_mean_does_not_overflow_and_frozen_parameters_stay_at_home(ranks: Ranks) -> None:
     assert on_all(ranks, averages_half) == [[40_000.0] * 3] * 2
+
+
+def test_a_weight_that_is_read_elsewhere_trains_alike_in_all_processes(ranks: Ranks) -> None:
+    first, second = on_all(ranks, reads_elsewhere)
+    alone = reads_elsewhere(None, None, {})
+    for one, other, whole in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, whole, rtol=1e-9, atol=1e-12)
