@@ -21,6 +21,7 @@ PLANS: dict[str, Plan] = {
     "leaks": restarts.leaks,
     "long": restarts.long,
     "restarts": restarts.restarts,
+    "short-cycles": restarts.short_cycles,
     "restarts-large": restarts.restarts_large,
     "confirm": grids.confirm,
     "confirm-rivals": grids.confirm_rivals,

@@ -149,6 +149,27 @@ def restarts() -> list[Spec]:
     ]
 
 
+def short_cycles() -> list[Spec]:
+    """How short a cycle may be where a restart loses nothing, and what must be kept: a sixteenth of the width."""
+    carried: dict[str, Any] = {"state": "carry"}
+    trials: list[tuple[str, int, tuple[int, ...], dict[str, Any]]] = [
+        ("every 100, state kept", 2, (0,), {"restart_every": 100, "state": "keep"}),
+        ("every 50, state carried", 2, (0,), {"restart_every": 50, **carried}),
+        ("every 100, scale kept", 2, (0,), {"restart_every": 100, "state": "scale"}),
+        ("every 100, state carried", 4, (0,), {"restart_every": 100, **carried}),
+        ("every 100, state carried", 2, SEEDS, {"restart_every": 100, **carried}),
+        ("every 100, reset, ramp of 10", 2, (0,), {"restart_every": 100, "restart_warmup": 10}),
+        ("every 100, state carried", 1, SEEDS, {"restart_every": 100, **carried}),
+        ("every 100, state carried", 4, SEEDS, {"restart_every": 100, **carried}),
+    ]
+    common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
+    return [
+        Spec(f"Adam, rank 8, {name}", "variant", {**common, **own}, "w128", "botocore", length * STEPS, seed)
+        for name, length, seeds, own in trials
+        for seed in seeds
+    ]
+
+
 def restarts_large() -> list[Spec]:
     """The same at width 256, again a sixteenth of the width: is the length the same from which on restarts pay?"""
     common: dict[str, Any] = {**MATCHED, "rank": 16, "lr": 1e-3, "rest_lr": 16e-3}

@@ -11,7 +11,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     a_rate      multiplies A's rate
     balanced    rates of A and B such that the step of either moves W by lr in RMS, however large the other has become
     state       reset; keep; project: B's moments re-expressed in the new A's basis; carry: the same, and directions
-                that the old A did not see start from the mean of the second moments
+                that the old A did not see start from the mean of the second moments; scale: the first moments are
+                dropped, and the mean of a row's second moments kept
     staggered   every weight restarts at its own time, spread evenly over the cycle, with a ramp of its own
     adaptive    a weight restarts when the share of G in A's span falls below this share of what it was after its last
                 restart, but not before `restart_every` updates of its cycle
@@ -91,6 +92,9 @@ class Weight:
             unseen = (1 - seen.sum(0)).clamp(min=0.0) if state == "carry" else seen.new_zeros(len(old))
             moments, self.of_a = self.of_b, self.new_moments(self.A)
             moments.m, moments.v = moments.m @ rotation, moments.v @ seen + moments.v.mean(1, keepdim=True) * unseen
+        elif state == "scale":
+            moments, self.of_a = self.of_b, self.new_moments(self.A)
+            moments.m, moments.v = moments.m.zero_(), moments.v.mean(1, keepdim=True).expand_as(moments.v).clone()
         self.last, self.share = update, self._captured()
 
     def _draw(self, *, first: bool) -> tuple[Tensor, float]:
