@@ -159,8 +159,6 @@ def short_cycles() -> list[Spec]:
         ("every 100, state carried", 4, (0,), {"restart_every": 100, **carried}),
         ("every 100, state carried", 2, SEEDS, {"restart_every": 100, **carried}),
         ("every 100, reset, ramp of 10", 2, (0,), {"restart_every": 100, "restart_warmup": 10}),
-        ("every 100, state carried", 1, SEEDS, {"restart_every": 100, **carried}),
-        ("every 100, state carried", 4, SEEDS, {"restart_every": 100, **carried}),
     ]
     common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
     return [
