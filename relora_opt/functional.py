@@ -100,7 +100,8 @@ class FunctionalModel(nn.Module):
         output = functional_call(model, self._weights(), args, kwargs, tie_weights=False)
         if torch.is_grad_enabled():
             for tensor in _tensors(output, set()):
-                if tensor.grad_fn is not None:  # a leaf would keep its hook for ever, and has nothing behind it
+                # A parameter would keep its hook for ever, and has nothing behind it; a low-rank weight neither.
+                if tensor.grad_fn is not None and not isinstance(tensor, LowRankWeight):
                     tensor.register_hook(self._swap_in)
         return output
 
@@ -153,10 +154,11 @@ class FunctionalModel(nn.Module):
         """Register anew where the model has changed: layers were moved, or weights were frozen or unfrozen.
 
         Raises:
-            RuntimeError: where somebody has replaced a parameter: the old one would be trained, to no effect.
+            RuntimeError: where somebody has replaced a parameter: the old one would be trained, to no effect. Where a
+                low-rank weight has a gradient hook.
         """
         for module, name, parameter, _ in self._held:
-            current = module._parameters.get(name)
+            current = parameters[name] if name in (parameters := module._parameters) else None  # of a script, no dict
             if current is not parameter and not isinstance(current, LowRankWeight):
                 paths = {id(each): f"{path}.{name}" for path, each in _unwrapped(self._models[0]).named_modules()}
                 raise RuntimeError(
@@ -168,6 +170,13 @@ class FunctionalModel(nn.Module):
         if not is_same or _structure(self._models[0]) != self._structure:
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)
+        hooked = [place.path for place in self._places if place.W._backward_hooks]
+        if hooked:
+            raise RuntimeError(
+                f"{hooked[0]} has a gradient hook, which the functional path would never call, for it forms no dense "
+                "gradient: remove the hook, or use the dense path (loss.backward() through the model, then "
+                "optimizer.step())"
+            )
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""
@@ -315,6 +324,6 @@ def _refuse_stale(ddp: DistributedDataParallel, module: FunctionalModel) -> None
     """Refuse a DistributedDataParallel that was built around other parameters: its ranks would diverge in silence."""
     if not {id(p) for p in module.parameters() if p.requires_grad} <= {id(p) for p in ddp._module_parameters}:
         raise RuntimeError(
-            "this DistributedDataParallel was built before the switch to low rank, or while weights were frozen that "
-            "are trained now, and communicates the wrong gradients: wrap optimizer.functional(model) again"
+            "this DistributedDataParallel was built before the switch to low rank, or while weights were frozen, and "
+            "communicates the wrong gradients: wrap optimizer.functional(model) again after the switch, or now"
         )

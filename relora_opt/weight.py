@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 class LowRankWeight(Tensor):
     """A view of W (out, in), or (batch, out, in), or n-D read as (out, rest), whose gradient reaches A and B."""
 
+    W: Tensor
     dense: Tensor
     A: Tensor
     B: Tensor
@@ -44,7 +45,7 @@ class LowRankWeight(Tensor):
             scale: s = alpha / r.
         """
         weight = _projected(W.detach(), A, B, scale).as_subclass(cls)
-        weight.dense, weight.A, weight.B, weight.scale = W.detach(), A, B, scale
+        weight.W, weight.dense, weight.A, weight.B, weight.scale = W, W.detach(), A, B, scale
         return weight
 
     @classmethod
@@ -62,6 +63,16 @@ class LowRankWeight(Tensor):
         if func in _TRANSPOSES and _is_matrix_transpose(func, args, kwargs):
             weight = args[0]
             return cls.wrap(weight.dense.t(), weight.B.t(), weight.A.t(), weight.scale)
+        if func in _SETTERS and isinstance(args[0], cls):
+            _set_data(args[0], args[1])
+            return None
+        if func in _DENSE_GRADIENTS:
+            asked = args[0] if func is not torch.autograd.grad else args[1] if len(args) > 1 else kwargs["inputs"]
+            if any(isinstance(tensor, cls) for tensor in pytree.tree_leaves(asked)):
+                raise RuntimeError(
+                    f"{func.__name__} asks for the dense gradient of a low-rank weight, which the functional path does "
+                    "not form: use the dense path (loss.backward() through the model, then optimizer.step())"
+                )
         product = _as_linear(func, args, kwargs)
         if product is not None:
             return _linear(*product)
@@ -165,6 +176,14 @@ def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], W.shape[0])
 
 
+def _set_data(weight: LowRankWeight, value: Tensor) -> None:
+    """Set W's data, as `weight.data = value` on W itself would, and what the weight shows of it."""
+    weight.W.data = value
+    weight.dense = weight.W.detach()
+    with torch._C.DisableTorchFunctionSubclass():
+        weight.data = weight.dense
+
+
 def _universal(weight: LowRankWeight) -> Tensor:
     return _projected(weight.dense, weight.A, weight.B, weight.scale)
 
@@ -231,6 +250,13 @@ _MATMULS = (*_MMS, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ADDMMS = (torch.addmm, Tensor.addmm)
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _TRANSPOSES = (torch.t, Tensor.t, torch.transpose, Tensor.transpose, *_getters("T", "mT"))
+_SETTERS = (Tensor.data.__set__,)  # type: ignore[attr-defined]
+_DENSE_GRADIENTS = (
+    torch.autograd.grad,
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.retain_grad,
+)
 # What writes to its first argument, by torch's convention for the names of such methods and operators.
 _IN_PLACE = frozenset(
     getattr(Tensor, name)

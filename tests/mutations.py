@@ -474,8 +474,8 @@ MUTATIONS = (
     Mutation(
         "hook the parameters that a model returns",
         "functional.py",
-        "if tensor.grad_fn is not None:",
-        "if tensor.requires_grad:",
+        "if tensor.grad_fn is not None and",
+        "if tensor.requires_grad and",
         ("test_functional_follows.py", "keeps_no_hook"),
     ),
     Mutation(
@@ -491,6 +491,20 @@ MUTATIONS = (
         "if x.layout in _SPARSE:",
         "if False:",
         ("test_functional_follows.py", "sparse_inputs"),
+    ),
+    Mutation(
+        "lose the data that a forward pass assigns",
+        "weight.py",
+        "    weight.W.data = value\n",
+        "",
+        ("test_functional_follows.py", "data_that_a_forward_pass_assigns"),
+    ),
+    Mutation(
+        "train a weight whose gradient hook nobody calls",
+        "functional.py",
+        "        if hooked:\n",
+        "        if False:\n",
+        ("test_functional_follows.py", "gradient_hook_is_refused and False"),
     ),
     Mutation(
         "let the factors' gradients outlast their step",

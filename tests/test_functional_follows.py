@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import stepper
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -287,4 +288,91 @@ def test_sparse_inputs_train_wherever_they_do_on_the_dense_path(spelling: str, l
             optimizer.step()
             optimizer.zero_grad()
     for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+class Clipped(nn.Linear):
+    """Bounds the norm of its rows before it uses them, by assigning to `data`, as EEGNet does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.25)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("path", ["functional", "step"])
+def test_data_that_a_forward_pass_assigns_is_the_weights_as_on_the_dense_path(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        shared = Clipped(6, 6)
+        model = nn.Sequential(shared, nn.Tanh(), shared).double()
+        optimizer = sgd(model, targets=["0"])
+        step = stepper(path, optimizer, model, loss_of)
+        for index in range(5):
+            step(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)))
+        return [p.detach() for p in model.parameters()]
+
+    for ours, theirs in zip(run(path), run("dense"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_weight_with_a_gradient_hook_is_refused_until_the_hook_is_gone(compile: bool) -> None:
+    model = layers()
+    optimizer = sgd(model)
+    step = optimizer.make_step(model, loss_of, compile=compile)
+    handle = model[1].weight.register_hook(torch.zeros_like)
+    x = torch.ones(2, 6, dtype=torch.float64)
+    for call in (step, optimizer.functional(model)):
+        with pytest.raises(RuntimeError, match=r"1\.weight has a gradient hook.*use the dense path"):
+            call(x)
+    handle.remove()
+    optimizer.functional(model)(x)
+
+
+def test_a_hook_during_the_warm_start_is_called_and_after_it_refused() -> None:
+    model, seen = layers(), []
+    step = sgd(model, schedule=JaggedSchedule(0, warm_start=1)).make_step(model, loss_of, compile=False)
+    model[1].weight.register_hook(seen.append)
+    step(torch.ones(2, 6, dtype=torch.float64))
+    assert len(seen) == 1
+    with pytest.raises(RuntimeError, match="has a gradient hook"):
+        step(torch.ones(2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, loss: torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True),
+        lambda model, loss: torch.autograd.grad(outputs=loss, inputs=model[0].weight),
+        lambda model, loss: model[0].weight.register_hook(print),
+        lambda model, loss: model[0].weight.retain_grad(),
+    ],
+    ids=["grad", "grad by keyword", "register_hook", "retain_grad"],
+)
+def test_what_asks_for_a_dense_gradient_within_the_loss_is_refused(ask: Any) -> None:
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        loss = loss_of(model, x)
+        ask(model, loss)
+        return loss
+
+    model = layers()
+    step = sgd(model).make_step(model, loss_fn, compile=False)
+    with pytest.raises(RuntimeError, match=r"asks for the dense gradient of a low-rank weight.*use the dense path"):
+        step(torch.ones(2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("path", ["functional", "step"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script says that it is old
+def test_a_scripted_layer_trains_as_on_the_dense_path(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        inner = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)))
+        model = nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6)).double()
+        optimizer = sgd(model, targets=["0", "1.0.weight"])
+        step = stepper(path, optimizer, model, loss_of)
+        for index in range(5):
+            step(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)))
+        return [p.detach() for p in model.parameters()]
+
+    for ours, theirs in zip(run(path), run("dense"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
