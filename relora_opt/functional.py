@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -21,45 +21,13 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from .places import Held, Place, check_held, check_hooks, check_module, key_of, structure, unwrapped
 from .select import PARALLEL
 from .sharding import is_sharded
 from .weight import LowRankWeight, project
 
 if TYPE_CHECKING:
     from .optimizer import ReLoRAOptimizer
-
-
-class _Place(NamedTuple):
-    """Where a selected weight sits: `module._parameters[name]`, reached by `path`, trained through factors `key`."""
-
-    module: nn.Module
-    name: str
-    path: str
-    W: Tensor
-    key: str
-    digits: str  # of s: a number that differs from an earlier model's, torch.compile would make a variable, and fail
-
-    @property
-    def scale(self) -> float:
-        return float(self.digits)
-
-
-class _Held(NamedTuple):
-    """A parameter of the optimizer's in the model."""
-
-    module: nn.Module
-    name: str
-    W: Tensor
-    was_trained: bool
-
-
-class Around(nn.Module):
-    """A module of this project around the caller's model, which messages are about."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
 
 
 class FunctionalModel(nn.Module):
@@ -76,8 +44,8 @@ class FunctionalModel(nn.Module):
     def __init__(self, model: nn.Module, optimizer: ReLoRAOptimizer) -> None:
         super().__init__()
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
-        self._places: list[_Place] = []
-        self._held: list[_Held] = []
+        self._places: list[Place] = []
+        self._held: list[Held] = []
         self._structure: list[Any] = []
         self._is_swapped = False
         self._synchronised: ReferenceType[DistributedDataParallel] | None = None
@@ -131,7 +99,7 @@ class FunctionalModel(nn.Module):
         self.restore()
         model, keys = self._models[0], dict[int, str]()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._places, self._held, self._structure = [], [], _structure(model)
+        self._places, self._held, self._structure = [], [], structure(model)
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for module_path, module in model.named_modules():
             for name, W in module._parameters.items():
@@ -139,44 +107,29 @@ class FunctionalModel(nn.Module):
                 if W is None or group is None:
                     continue
                 path = f"{module_path}.{name}" if module_path else name
-                key = keys.setdefault(id(W), _key(path))  # by its first name, where it has several
-                self._held.append(_Held(module, name, W, W.requires_grad))
+                key = keys.setdefault(id(W), key_of(path))  # by its first name, where it has several
+                self._held.append(Held(module, name, W, W.requires_grad))
                 if not (optimizer.is_low_rank and group["rank"] and W.requires_grad):
                     self.rest[key] = W
                     continue
                 self.A[key], self.B[key] = optimizer.factors(W)
-                self._places.append(_Place(module, name, path, W, key, repr(optimizer.scale(W))))
+                self._places.append(Place(module, name, path, W, key, repr(optimizer.scale(W))))
         self._buffers.clear()
         for name, buffer in model.named_buffers():
-            self.register_buffer(_key(name), buffer)
+            self.register_buffer(key_of(name), buffer)
 
     def follow(self) -> None:
         """Register anew where the model has changed: layers were moved, or weights were frozen or unfrozen.
 
         Raises:
-            RuntimeError: where somebody has replaced a parameter: the old one would be trained, to no effect. Where a
-                low-rank weight has a gradient hook.
+            RuntimeError: where a parameter was replaced, or a low-rank weight has a gradient hook.
         """
-        for module, name, parameter, _ in self._held:
-            current = parameters[name] if name in (parameters := module._parameters) else None  # of a script, no dict
-            if current is not parameter and not isinstance(current, LowRankWeight):
-                paths = {id(each): f"{path}.{name}" for path, each in _unwrapped(self._models[0]).named_modules()}
-                raise RuntimeError(
-                    f"{paths.get(id(module), name).lstrip('.')} is no longer the parameter that the optimizer trains: "
-                    "let what replaces parameters (Accelerate's prepare, fully_shard, load_state_dict(assign=True)) "
-                    "come first, then the optimizer, then functional() or make_step()"
-                )
+        check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
-        if not is_same or _structure(self._models[0]) != self._structure:
+        if not is_same or structure(self._models[0]) != self._structure:
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)
-        hooked = [place.path for place in self._places if place.W._backward_hooks]
-        if hooked:
-            raise RuntimeError(
-                f"{hooked[0]} has a gradient hook, which the functional path would never call, for it forms no dense "
-                "gradient: remove the hook, or use the dense path (loss.backward() through the model, then "
-                "optimizer.step())"
-            )
+        check_hooks(self._places, self._models[0])
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""
@@ -258,18 +211,13 @@ def broadcast_(tensor: Tensor, group: Any) -> None:
         tensor.copy_(carried)
 
 
-def check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} must be the nn.Module that the optimizer trains")
-
-
 def _check_model(model: nn.Module, optimizer: ReLoRAOptimizer) -> None:
     check_module(model)
     if any(isinstance(module, FunctionalModel) for module in model.modules()):
         raise TypeError("this is a functional model already: pass the model itself, which it was made of")
     parameters = dict(model.named_parameters())
     if not {id(p) for p in optimizer.parameters()} & {id(p) for p in parameters.values()}:
-        model = _unwrapped(model)
+        model = unwrapped(model)
         raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters: pass the model it trains")
     sharded = [name for name, p in parameters.items() if is_sharded(p)]
     if sharded:
@@ -283,31 +231,6 @@ def _check_model(model: nn.Module, optimizer: ReLoRAOptimizer) -> None:
             f"the model is wrapped in {parallel[0]}, which would not reduce the factors' gradients: wrap "
             "optimizer.functional(model) in it instead"
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, Around):
-        model = model.model
-    return model
-
-
-def _structure(model: nn.Module) -> list[Any]:
-    """Return every module, each followed by its children and their names: equal lists mean that nothing has moved."""
-    structure: list[Any] = []
-    modules, seen = [model], {model}
-    for module in modules:  # which grow meanwhile
-        structure.append(module)
-        for item in module._modules.items():
-            structure.append(item)
-            if item[1] is not None and item[1] not in seen:
-                seen.add(item[1])
-                modules.append(item[1])
-    return structure
-
-
-def _key(name: str) -> str:
-    """Return a parameter's key: one that neither ParameterDict nor Module has as an attribute."""
-    return "/" + name.replace(".", "/")
 
 
 def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from . import gradients
 from .compiler import drop_cut_library
-from .functional import Around, broadcast_, check_module
+from .functional import broadcast_
 from .guard import Guard
+from .places import Around, check_module
 
 if TYPE_CHECKING:
     from .optimizer import ReLoRAOptimizer

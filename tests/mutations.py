@@ -453,7 +453,7 @@ MUTATIONS = (
     Mutation(
         "do not see that layers were moved",
         "functional.py",
-        "if not is_same or _structure(self._models[0]) != self._structure:",
+        "if not is_same or structure(self._models[0]) != self._structure:",
         "if not is_same:",
         ("test_functional_follows.py", "test_layers_that_are_moved and swap-functional"),
     ),
@@ -501,8 +501,8 @@ MUTATIONS = (
     ),
     Mutation(
         "train a weight whose gradient hook nobody calls",
-        "functional.py",
-        "        if hooked:\n",
+        "places.py",
+        "        if place.W._backward_hooks:\n",
         "        if False:\n",
         ("test_functional_follows.py", "gradient_hook_is_refused and False"),
     ),
