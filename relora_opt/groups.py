@@ -118,6 +118,22 @@ class LowRank:
         return replace(self, **{key: group.pop(key) for key in ("rank", "alpha", "factor_lr") if key in group})
 
 
+def check_foreign_names(options: Mapping[str, Any], *, known: Mapping[str, Any] | None = None) -> None:
+    """Refuse options by the names that others have for them, and in a group those of the whole optimizer.
+
+    Args:
+        options: keywords of the optimizer; or a group's, beside what is `known` to the base.
+
+    Raises:
+        TypeError: names the option and what it is called here.
+    """
+    names = _FOREIGN_NAMES if known is None else {**_FOREIGN_NAMES, **_OF_ALL_GROUPS}
+    for theirs in names:
+        if theirs in options and theirs not in (known or ()):
+            owner, ours = names[theirs]
+            raise TypeError(f"{theirs}={options[theirs]!r} is {owner}: here it is {ours}")
+
+
 def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
     """Split a user's parameters into the optimizer's groups.
 
@@ -266,8 +282,8 @@ def _check_selection(
             return
         raise ValueError(
             f"rank={low_rank.rank}, but parameters without their module tell no linear layer from an embedding: pass "
-            "the model itself (to transformers' Trainer (trainer_factory, options)), or (name, parameter) pairs with "
-            f"targets=, or groups with their own rank; or {remedy}"
+            "the model itself (to transformers' Trainer (trainer_factory, options)), (name, parameter) pairs with "
+            f"targets=default_targets(model), or groups with their own rank, for all their matrices; or {remedy}"
         )
     largest = max((min(matrix_shape(p)) for group in raw for _, p in group["params"] if p.dim() >= 2), default=0)
     if largest <= low_rank.rank:
@@ -282,3 +298,22 @@ def _check_selection(
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_FOREIGN_NAMES = {
+    "r": ("PEFT's name", "rank="),
+    "lora_alpha": ("PEFT's name", "alpha="),
+    "target_modules": ("PEFT's name", "targets="),
+    "lora_dropout": ("PEFT's", "the model's own dropout, before its linear layers"),
+    "modules_to_save": ("PEFT's", "what is not selected and not frozen: all of it is trained"),
+    "update_proj_gap": ("GaLore's", "schedule=JaggedSchedule(restart_every=...)"),
+    "proj_type": ("GaLore's", "init="),
+    "restart_every": ("the schedule's", "schedule=JaggedSchedule(restart_every=...)"),
+    "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
+    "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
+    "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
+}
+_OF_ALL_GROUPS = {
+    name: ("the whole optimizer's", f"ReLoRAOptimizer(..., {name}=...), for all groups")
+    for name in ("targets", "schedule", "init", "prune", "max_grad_norm", "release_grads", "seed")
+}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .factors import matrix_shape
 from .groups import Selected
 from .sharding import is_sharded
-from .state import CLOCK, FORMAT, READABLE, Entry, add_master_, is_low_rank
+from .state import CLOCK, FORMAT, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
 
@@ -102,7 +102,7 @@ def loaded(saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool)
     """Return a parameter's state with the saved values and dtypes; live factors stay the same objects.
 
     "step" stays where it was saved, as torch keeps it, unless the base wants it on the device (fused and capturable
-    ones do). A 16-bit weight whose state has no master, saved when it had 32 bits, gets one.
+    ones do).
     """
     entry: Entry = _to_device(saved, W.device, moves_counters)
     if not is_low_rank(saved):
@@ -113,7 +113,6 @@ def loaded(saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool)
             entry[key] = live[key]
         else:
             entry[key] = nn.Parameter(entry[key])
-    add_master_(entry, W)
     return entry
 
 

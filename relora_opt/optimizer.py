@@ -29,7 +29,16 @@ from torch.optim import Optimizer
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
 from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
-from .groups import MATCHED, LowRank, Params, ResolvedGroup, Selected, resolve_added_group, resolve_groups
+from .groups import (
+    MATCHED,
+    LowRank,
+    Params,
+    ResolvedGroup,
+    Selected,
+    check_foreign_names,
+    resolve_added_group,
+    resolve_groups,
+)
 from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
 from .matched import matched_scale, trial_shape
 from .restart import check_prunable, prune_states_
@@ -127,9 +136,7 @@ class ReLoRAOptimizer(Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for theirs in options.keys() & _FOREIGN_NAMES:
-            owner, ours = _FOREIGN_NAMES[theirs]
-            raise TypeError(f"{theirs}={options[theirs]!r} is {owner}: here it is {ours}")
+        check_foreign_names(options)
         if init not in INITS:
             raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
         is_norm = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
@@ -217,9 +224,11 @@ class ReLoRAOptimizer(Optimizer):
             self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in weights if weight.has_gradient] if counts else []
             before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
-            result = inner.step(base, closure if self._passes_closure else None)
-            for weight, old in zip(moving, before, strict=True):
-                move_weight_(weight.W, weight.entry, old, weight.scale)
+            try:
+                result = inner.step(base, closure if self._passes_closure else None)
+            finally:  # W goes with its factors, also where the base has failed after it moved some
+                for weight, old in zip(moving, before, strict=True):
+                    move_weight_(weight.W, weight.entry, old, weight.scale)
             if counts:
                 self._moved = self._measured(moving, before)
         self._inner.adopt(self.param_groups, self.state)
@@ -568,7 +577,10 @@ class ReLoRAOptimizer(Optimizer):
         """Return the base over parameters like those that it will see, for the options that it fills in."""
         names = [[slot.name for slot in group.slots] for group in resolved]
         groups = [group.seen_by_base(is_warm=self.schedule.warm_start > 0) for group in resolved]
-        return inner.template(self._base, groups, names)
+        template = inner.template(self._base, groups, names)
+        for group in resolved:
+            check_foreign_names(group.options, known=template.defaults)
+        return template
 
     def _check_base(self, groups: list[Group]) -> None:
         """Try the base on the low-rank weights of these groups: its state is prunable, and its scale can be matched.
@@ -689,7 +701,8 @@ class ReLoRAOptimizer(Optimizer):
         W, slot, group, _ = selected
         entry = self.state[W] if W in self.state else self._drafts.get(W)
         if not is_low_rank(entry):
-            entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
+            with torch.inference_mode(False):  # where somebody looks at them first, to train them later
+                entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
             self._drafts[W] = entry
         assert entry is not None
         return entry
@@ -759,15 +772,6 @@ def _without_parameters(options: Group) -> Group:
     return {key: value for key, value in options.items() if key != "params"}
 
 
-_FOREIGN_NAMES = {
-    "r": ("PEFT's name", "rank="),
-    "lora_alpha": ("PEFT's name", "alpha="),
-    "target_modules": ("PEFT's name", "targets="),
-    "restart_every": ("the schedule's", "schedule=JaggedSchedule(restart_every=...)"),
-    "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
-    "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
-    "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
-}
 _OWN = (
     "schedule",
     "init",

@@ -104,7 +104,7 @@ def exact_weight(W: Tensor, entry: Entry | None) -> Tensor:
 
 
 def add_master_(entry: Entry, W: Tensor) -> None:
-    """Give a weight that has 16 bits now, and had more when its factors were made, its float32 value."""
+    """Give a weight that has 16 bits now, and had more when its factors were made or saved, its float32 value."""
     if factor_dtype(W.dtype) != W.dtype:
         entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))
 

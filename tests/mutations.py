@@ -333,9 +333,9 @@ MUTATIONS = (
     ),
     Mutation(
         "leave a 16-bit weight without a master",
-        "loading.py",
-        'entry.setdefault("master", W.detach().to(factor_dtype(W.dtype)))',
-        "pass",
+        "optimizer.py",
+        "            add_master_(entry, selected.W)\n",
+        "",
         ("test_contract_traps.py", "gives_a_16_bit_model_its_masters"),
     ),
     Mutation(
@@ -523,7 +523,7 @@ MUTATIONS = (
     Mutation(
         "measure the rounded weight, not its master",
         "metrics.py",
-        'W = weight.entry.get("master", weight.W) if is_low_rank(weight.entry) else weight.W',
+        "W = exact_weight(weight.W, weight.entry if is_low_rank(weight.entry) else None)",
         "W = weight.W",
         ("test_metrics.py", "equals_one_of_dense_matrices and bfloat16"),
     ),

@@ -66,6 +66,10 @@ def used() -> ReLoRAOptimizer:
     return optimizer
 
 
+def of_group(**options: Any) -> ReLoRAOptimizer:
+    return ReLoRAOptimizer([{"params": [nn.Parameter(torch.ones(6, 6))], "rank": 2, **options}], lr=0.1)
+
+
 def warm() -> ReLoRAOptimizer:
     return relora(mlp(), schedule=JaggedSchedule(5, warm_start=3))
 
@@ -192,6 +196,25 @@ MISTAKES = {
         lambda: low_rank(num_warmup_steps=9), TypeError, "num_warmup_steps=9", "outer=cosine(20_000, warmup="
     ),
     "PEFT's name": Mistake(lambda: low_rank(lora_alpha=9), TypeError, "lora_alpha=9", "here it is alpha="),
+    "PEFT's dropout": Mistake(lambda: low_rank(lora_dropout=0.1), TypeError, "lora_dropout=0.1", "model's own dropout"),
+    "PEFT's name in a group": Mistake(
+        lambda: of_group(lora_alpha=9), TypeError, "lora_alpha=9 is PEFT's name", "here it is alpha="
+    ),
+    "GaLore's groups": Mistake(
+        lambda: of_group(update_proj_gap=200, scale=0.25, proj_type="std"),
+        TypeError,
+        "update_proj_gap=200",
+        "schedule=",
+    ),
+    "max_grad_norm in a group": Mistake(
+        lambda: of_group(max_grad_norm=1.0), TypeError, "max_grad_norm=1.0", "ReLoRAOptimizer(..., max_grad_norm=...)"
+    ),
+    "init in an added group": Mistake(
+        lambda: used().add_param_group({"params": [nn.Parameter(torch.ones(6, 6))], "rank": 2, "init": "kaiming"}),
+        TypeError,
+        "init='kaiming'",
+        "for all groups",
+    ),
     "seed half": Mistake(lambda: low_rank(seed=0.5), TypeError, "seed=0.5", "a whole number"),
     # what is selected
     "targets unmatched": Mistake(lambda: low_rank(targets=["q_proj"]), ValueError, "'q_proj'", "there are stem.weight"),

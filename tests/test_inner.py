@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -272,3 +273,57 @@ def test_a_skipped_amp_update_leaves_weights_state_and_clock() -> None:
     scaler.update()
     assert not differences(before, snapshot(model, optimizer))
     assert scaler.get_scale() == 4.0
+
+
+class Failing(torch.optim.SGD):
+    """SGD whose every other step fails when it has moved some."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        if self.fails:
+            raise RuntimeError("out of memory, say")
+
+
+def test_a_weight_goes_with_its_factors_where_the_base_fails_after_it_moved_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp(torch.float64)
+    optimizer = ReLoRAOptimizer(model, Failing, rank=2, lr=0.1, schedule=JaggedSchedule(0))
+    frozen = optimizer.frozen_weight(model.first.weight)
+    for index in range(3):
+        monkeypatch.setattr(Failing, "fails", index == 1)
+        mse(model, *batch(index, torch.float64)).backward()
+        before = optimizer.factors(model.first.weight)[1].clone()
+        with pytest.raises(RuntimeError, match="out of memory") if index == 1 else nullcontext():
+            optimizer.step()
+        assert not torch.equal(before, optimizer.factors(model.first.weight)[1])
+        optimizer.zero_grad()
+        torch.testing.assert_close(optimizer.frozen_weight(model.first.weight), frozen, rtol=0, atol=1e-12)
+    assert optimizer.num_updates == 2
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda optimizer, model: optimizer.memory(),
+        lambda optimizer, model: optimizer.frozen_weight(model.first.weight),
+        lambda optimizer, model: optimizer.functional(model),
+        lambda optimizer, model: optimizer.restart(),
+    ],
+    ids=["memory", "frozen_weight", "functional", "restart"],
+)
+def test_what_is_looked_at_in_inference_mode_trains_on(look: Callable[[ReLoRAOptimizer, Any], Any]) -> None:
+    ends = []
+    for mode in (nullcontext, torch.inference_mode):
+        model = mlp(torch.float64)
+        optimizer = relora(model)
+        with mode():
+            look(optimizer, model)
+        for index in range(2):
+            mse(model, *batch(index, torch.float64)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(snapshot(model, optimizer))
+    assert not differences(*ends)
