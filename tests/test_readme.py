@@ -22,15 +22,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_marked_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippets = re.findall(r"<!-- test -->\n```python\n(.*?)```", README, flags=re.DOTALL)
-    assert snippets
+    loop, groups = re.findall(r"<!-- test -->\n```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    for snippet in snippets:
-        names: dict[str, object] = {}
-        exec(compile(snippet, "README.md", "exec"), names)
-        optimizer = names["optimizer"]
-        assert (optimizer.num_updates, optimizer.num_restarts) == (60, 2)  # type: ignore[attr-defined]
-        assert (tmp_path / "model.safetensors").exists()
+    names: dict[str, Any] = {}
+    exec(compile(loop, "README.md", "exec"), names)
+    assert (names["optimizer"].num_updates, names["optimizer"].num_restarts) == (60, 2)
+    assert (tmp_path / "model.safetensors").exists()
+    exec(compile(groups, "README.md", "exec"), names)  # goes on from there
+    decays = [(group["rank"], group["weight_decay"]) for group in names["optimizer"].param_groups]
+    assert decays == [(8, 0.1), (0, 0.0)]
 
 
 @pytest.mark.slow
@@ -79,7 +79,9 @@ def test_every_file_and_flag_that_it_names_exists() -> None:
         assert (ROOT / "relora_opt" / name).is_file(), name
     assert {path.name for path in (ROOT / "relora_opt").glob("[a-z]*.py")} <= set(re.findall(r"\w+\.py", README))
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        heading = re.sub(r"[^a-z0-9 -]", "", target.lower()) if target.startswith("#") else ""
+        headings = {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in README.splitlines()}
+        assert f"-{heading}" in headings if heading else (ROOT / target).exists(), target
     commands = typer.main.get_command(app).commands.values()
     known = {option for command in commands for parameter in command.params for option in parameter.opts} | {"--help"}
     for flag in re.findall(r"`(--[a-z-]+)", README):
