@@ -163,11 +163,11 @@ def train(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: float32)")] = None,
 ) -> None:
-    """Write a run's newest weights as a folder that transformers loads."""
+    """Write a run's newest weights, or a checkpoint's, as a folder that transformers loads."""
     from .export import export_run
 
     folder = export_run(run, out, dtype=dtype)

@@ -19,6 +19,7 @@ from .config import Config, UserError, parse_prune
 from .corpus import Corpus
 from .export import MODEL_CONFIG
 from .model import PRESETS, LlamaConfig, load_config
+from .place import find_trained
 
 _OUTER = {"cosine": cosine, "linear": linear, "wsd": wsd}
 _PRUNE: dict[str, Callable[..., prune.Strategy]] = {
@@ -31,7 +32,7 @@ _PRUNE: dict[str, Callable[..., prune.Strategy]] = {
 
 def model_config(config: Config) -> LlamaConfig:
     if config.init_from is not None:
-        return load_config(Path(config.init_from) / MODEL_CONFIG)
+        return load_config(find_trained(Path(config.init_from)).shape / MODEL_CONFIG)
     if config.model is not None:
         return load_config(Path(config.model))
     assert config.preset is not None
@@ -41,10 +42,6 @@ def model_config(config: Config) -> LlamaConfig:
 def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
     """Give a preset the tokenizer's vocabulary; hold any other model against it."""
     size = corpus.vocab_size
-    if config.vocab_size is not None and config.tokenizer is not None and config.vocab_size != size:
-        raise UserError(
-            f"vocab_size={config.vocab_size}, but the tokenizer {config.tokenizer!r} has {size}: leave one out"
-        )
     if config.preset is not None:
         longest = max(shape.max_position_embeddings, config.seq_len)
         return replace(shape, vocab_size=size, max_position_embeddings=longest, eos_token_id=corpus.eos_id)

@@ -42,8 +42,8 @@ class Config:
         "datasets library, or a folder made by relora-opt tokenize. (default: State of the Union messages)",
         panel=_DATA,
     )
-    text_field: str = _option("Key of the text in lines and tables. (default: text)", panel=_DATA)
-    val_share: float = _option("Share of the documents to hold out. (default: 0.05)", panel=_DATA)
+    text_field: str | None = _option("Key of the text in lines and tables. (default: text)", panel=_DATA)
+    val_share: float | None = _option("Share of the documents to hold out. (default: 0.05)", panel=_DATA)
     tokenizer: str | None = _option("A tokenizer.json, or a folder with one, instead of training one.", panel=_DATA)
     allow_lossy: bool = _option("Take a tokenizer that does not give every text back.", panel=_DATA)
     vocab_size: int | None = _option("Tokens of the vocabulary to train. (default: by preset)", panel=_DATA)
@@ -51,7 +51,9 @@ class Config:
 
     preset: str | None = _option("Size by name: 5m, 60m, 130m, 250m, 350m or 1.3b. (default: 5m)", panel=_MODEL)
     model: str | None = _option("A Llama's config.json, instead of a preset.", panel=_MODEL)
-    init_from: str | None = _option("A folder with weights to go on from: an export, or any Llama's.", panel=_MODEL)
+    init_from: str | None = _option(
+        "Weights to go on from: a run, a checkpoint, an export, or any Llama's folder.", panel=_MODEL
+    )
 
     steps: int = _option("Updates to train for. (default: by preset)", panel=_LENGTH)
     tokens: int | None = _option("Tokens to train on, instead of --steps.", panel=_LENGTH)
@@ -132,8 +134,6 @@ FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 _GENERAL: Options = {
     "data": (),
-    "text_field": "text",
-    "val_share": 0.05,
     "allow_lossy": False,
     "seq_len": 256,
     "batch_size": 8,
@@ -158,9 +158,9 @@ _GENERAL: Options = {
     "seed": 0,
 }
 _SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 8e-3, "rank": 64}
-_PAPER: Options = {"vocab_size": 32_100, "seq_len": 512, "rank": 128, "batch_size": 64, "steps": 20_000}
+_PAPER: Options = {"seq_len": 512, "rank": 128, "batch_size": 64, "steps": 20_000}
 PRESETS: dict[str, Options] = {
-    "5m": {**_SMALL, "vocab_size": 4096},
+    "5m": _SMALL,
     "60m": {**_PAPER, "lr": 1e-3},  # the paper's full-rank rates (recipes/), which a matched scale carries over
     "130m": {**_PAPER, "lr": 1e-3},
     "250m": {**_PAPER, "lr": 5e-4},
@@ -237,8 +237,6 @@ def _follow(filled: Options, given: Options) -> Options:
         raise UserError(f"steps={filled['steps']} and tokens={filled['tokens']} both say how long to train: give one")
     if filled["tokens"] is not None:
         filled["steps"] = _steps_of(filled["tokens"], filled["batch_size"] * filled["seq_len"])
-    if filled["tokenizer"] is not None and "vocab_size" not in given:
-        filled["vocab_size"] = None  # the preset's is of the tokenizer that it would train
     steps = filled["steps"]
 
     def default(name: str, value: Any) -> None:
@@ -303,7 +301,7 @@ def _check(config: Config) -> None:
         raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
     if not 0 <= config.min_ratio <= 1:
         raise UserError(f"min_ratio={config.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
-    if not 0 < config.val_share <= 0.5:
+    if config.val_share is not None and not 0 < config.val_share <= 0.5:
         raise UserError(f"val_share={config.val_share} must lie above 0 and not above 0.5: it is a share of the texts")
     if not config.max_grad_norm > 0:
         raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")

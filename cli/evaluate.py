@@ -26,9 +26,10 @@ from .evaluation import Evaluation
 from .loss import batch_loss
 from .model import Llama
 from .pace import Pace
+from .place import RUN_CONFIG, Place
 from .predicted import Text, all_sequences, drawn_sequences, given_text, held_out_text
 from .record import RECORD
-from .trained import RUN_CONFIG, Place, load_trained
+from .trained import load_trained
 
 _TOKENS = 2048  # at a time, of a whole text
 
@@ -80,7 +81,7 @@ def evaluate(
     """Evaluate a model on a text.
 
     Args:
-        folder: a run, an export, a checkpoint, or any Hugging Face Llama with a tokenizer.json: see trained.py.
+        folder: a run, an export, a checkpoint, or any Hugging Face Llama with a tokenizer.json: see place.py.
         data: sources, all of whose documents are read: see data.py. Empty means those that the model's run holds out.
         text_field: the key of the text in .jsonl lines and datasets.
         seq_len, batch_size, dtype, num_sequences: see `Reading`. None means as in the model's run, but a whole text

@@ -21,6 +21,7 @@ from relora_opt import save_merged
 from .checkpoint import latest_checkpoint, load_checkpoint
 from .config import UserError
 from .model import Llama, LlamaConfig, load_config
+from .place import run_of
 from .record import WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,10 +29,10 @@ TOKENIZER, MODEL_CONFIG = "tokenizer.json", "config.json"
 
 
 def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
-    """Export a run's newest checkpoint.
+    """Export a run's newest checkpoint, or the one that is given.
 
     Args:
-        run: the run folder. out: a folder that is new or empty.
+        run: the run folder, or that of one of its checkpoints. out: a folder that is new or empty.
         dtype: "float32", "bfloat16" or "float16"; None keeps float32.
 
     Raises:
@@ -39,7 +40,8 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    checkpoint = latest_checkpoint(run)
+    owner = run_of(run)
+    checkpoint, run = (latest_checkpoint(run), run) if owner is None else (run, owner)
     model = Llama(load_config(run / MODEL_CONFIG))
     load_checkpoint(checkpoint, model)
     return write_export(model, Tokenizer.from_file(str(run / TOKENIZER)), out, dtype=dtype)

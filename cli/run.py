@@ -38,8 +38,10 @@ from .lock import LOCK, Lock, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights, weight_files
+from .origin import agreed, located, tokenizer_file
 from .pace import Pace
 from .parallel import World
+from .place import find_trained
 from .progress import Progress
 from .shard import shard
 from .writer import Writer
@@ -80,12 +82,15 @@ def new_run(config: Config, processes: World) -> Run:
     """Return a run at its beginning."""
     if config.shard and processes.size == 1:
         raise UserError("shard=True, but there is one process: start several with torchrun, or leave it out")
+    config = located(config)
     shape = model_config(config)
     with torch.device("meta"):  # what cannot be low-rank is found before the texts are read
         make_optimizer(Llama(shape), config)
+    config = agreed(config, vocab_size=shape.vocab_size)
 
     def set_weights(model: Llama) -> None:
         if config.init_from:
+            find_trained(Path(config.init_from)).check()
             load_weights(model, config.init_from)
             if _is_sharded(config, processes):  # each takes its part of its own files
                 processes.check_alike(
@@ -226,6 +231,4 @@ def _tokenizer_file(config: Config, folder: Path) -> Path | None:
     """Return the tokenizer that need not be trained: the run's own, the one named, or the one beside the weights."""
     if (folder / TOKENIZER).is_file():
         return folder / TOKENIZER
-    if config.tokenizer is not None:
-        return Path(config.tokenizer)
-    return None if config.init_from is None else Path(config.init_from) / TOKENIZER
+    return tokenizer_file(config)

@@ -203,6 +203,16 @@ def test_export_of_a_run_writes_the_newest_weights_in_the_dtype_that_was_asked_f
         export_run(run, folder)
 
 
+def test_export_of_a_checkpoint_writes_its_weights(tmp_path: Path) -> None:
+    earlier = checkpoints(train(tmp_path))[0]
+    exported = load_file(export_run(earlier, tmp_path / "export") / "model.safetensors")
+    kept = load_file(earlier / "model.safetensors")
+    assert exported.keys() == kept.keys()
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    with pytest.raises(UserError, match="holds no checkpoint to resume or export"):
+        export_run(tmp_path / "export", tmp_path / "again")
+
+
 def test_a_run_can_go_on_from_an_export(tmp_path: Path) -> None:
     first = train(tmp_path, steps=60, warm_start=12, restart_every=12)
     second = train(tmp_path, out=str(tmp_path / "second"), model=None, init_from=str(first / "export"))

@@ -1,0 +1,94 @@
+"""What a new run begins with: a model's weights, a tokenizer, texts or tokens. They must agree about what an id means.
+
+A tokenizer comes with the weights or with tokenized texts, or is named; where there is none, one is trained. Options
+that would not count beside what is there are refused, and those that count are recorded. A run that goes on has its own
+tokenizer, and none of this is asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .config import Config, UserError
+from .corpus import Settings
+from .export import TOKENIZER
+from .place import find_trained
+from .store import is_store
+from .tokens import load_tokenizer, vocabulary_size
+
+_OF_TEXTS = ("text_field", "val_share", "allow_lossy")
+
+
+def located(config: Config) -> Config:
+    """Return the options with the folder of the very weights to go on from, where a run stands for its newest."""
+    if config.init_from is None:
+        return config
+    return replace(config, init_from=str(find_trained(Path(config.init_from)).weights))
+
+
+def tokenizer_file(config: Config) -> Path | None:
+    """Return the tokenizer of texts that need none trained: the one named, or the one beside the weights."""
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    return None if config.init_from is None else find_trained(Path(config.init_from)).shape / TOKENIZER
+
+
+def agreed(config: Config, *, vocab_size: int) -> Config:
+    """Return the options of a new run with those that its texts are read by.
+
+    Args:
+        vocab_size: the model's, for which a tokenizer is trained unless the options give a size.
+
+    Raises:
+        UserError: for tokenizers that differ, and options that would not count.
+    """
+    store = _store(config.data)
+    _check_ids(config, store)
+    known = store or tokenizer_file(config)
+    if known is None:
+        config = replace(config, vocab_size=config.vocab_size or vocab_size)
+    elif config.vocab_size is not None:
+        size = vocabulary_size(load_tokenizer(known))
+        if config.vocab_size != size:
+            raise UserError(
+                f"vocab_size={config.vocab_size}, but the tokenizer {str(known)!r} has {size} tokens: leave out "
+                "vocab_size, which is of a tokenizer to train"
+            )
+    if store is None:
+        settings = Settings.of(config)
+        return replace(config, text_field=settings.text_field, val_share=settings.val_share)
+    for name in _OF_TEXTS:
+        value = getattr(config, name)
+        if value not in (None, False):
+            raise UserError(
+                f"{name}={value!r} is of texts, and data={str(store)!r} is tokenized already: leave it out, or "
+                "tokenize again with it"
+            )
+    return config
+
+
+def _store(sources: Sequence[str]) -> Path | None:
+    """Return the folder that `tokenize` made, where that is what there is to read."""
+    return Path(sources[0]) if len(sources) == 1 and is_store(Path(sources[0])) else None
+
+
+def _check_ids(config: Config, store: Path | None) -> None:
+    """Refuse tokens whose ids do not mean to a model what they meant when it was trained."""
+    if config.init_from is None:
+        return
+    own = find_trained(Path(config.init_from)).shape / TOKENIZER
+    if not own.is_file():
+        return
+    ids = load_tokenizer(own).to_str()
+    if config.tokenizer is not None and load_tokenizer(config.tokenizer).to_str() != ids:
+        raise UserError(
+            f"tokenizer={config.tokenizer!r} is not the one of init_from={config.init_from!r}, whose weights know the "
+            "ids of their own alone: leave it out"
+        )
+    if store is not None and load_tokenizer(store).to_str() != ids:
+        raise UserError(
+            f"data={str(store)!r} was tokenized by another tokenizer than that of init_from={config.init_from!r}: "
+            f"tokenize again with --tokenizer {own}"
+        )

@@ -1,0 +1,143 @@
+"""A new run's weights, tokenizer and texts agree about what an id means; no option is passed over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import CONFIG, write_export
+from relora_opt_cli import run as rooms
+from relora_opt_cli.checkpoint import checkpoints
+from relora_opt_cli.config import Config, UserError, resolve
+from relora_opt_cli.config_file import load_config_file
+from relora_opt_cli.corpus import Settings, tokenize
+from relora_opt_cli.origin import agreed
+from relora_opt_cli.parallel import World
+from relora_opt_cli.run import new_run
+from relora_opt_cli.tokens import fit_tokenizer
+from relora_opt_cli.train import resume_run
+from safetensors.torch import load_file
+from tiny import options, rows, train, write_texts
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, str]:
+    """A model, its tokenizer, another one of as many tokens, and texts: as they are, and tokenized by either."""
+    texts, other, model = tmp_path / "texts", tmp_path / "other.json", tmp_path / "model"
+    write_texts(texts)
+    write_export(model, replace(CONFIG, max_position_embeddings=16))
+    fit_tokenizer([], vocab_size=257).save(str(other))
+    tokenize([str(texts)], Settings(tokenizer=model, val_share=0.3), tmp_path / "own")
+    tokenize([str(texts)], Settings(tokenizer=other, val_share=0.3), tmp_path / "foreign")
+    named = {"own_tokenizer": model / "tokenizer.json", "other": other, "own": tmp_path / "own"}
+    return {"texts": str(texts), "model": str(model), "foreign": str(tmp_path / "foreign"), **_texts(named)}
+
+
+def _texts(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
+
+
+def settled(places: dict[str, str], **given: Any) -> Config:
+    """Return what a run with some options has; places go by their names."""
+    return agreed(resolve({name: places.get(value, value) for name, value in given.items()}), vocab_size=1000)
+
+
+def test_ids_of_another_tokenizer_than_the_models_are_refused_before_anything_is_written(
+    tmp_path: Path, places: dict[str, str]
+) -> None:
+    def begin(**changes: Any) -> None:
+        new_run(resolve(options(tmp_path, model=None, vocab_size=None, init_from=places["model"], **changes)), World())
+
+    with pytest.raises(UserError, match=r"tokenizer='.*other.json' is not the one of init_from='.*model', .*: leave"):
+        begin(tokenizer=places["other"])
+    with pytest.raises(
+        UserError, match=r"data='.*foreign' was tokenized by another .* of init_from='.*model': .* --tokenizer .*model/"
+    ):
+        begin(data=[places["foreign"]])
+    assert not (tmp_path / "run").exists()
+    begin(tokenizer=places["own_tokenizer"])
+    begin(data=[places["own"]])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"init_from": "model", "data": "texts"},
+        {"init_from": "model", "data": "own"},
+        {"tokenizer": "other", "data": "texts"},
+        {"data": "foreign"},
+    ],
+    ids=str,
+)
+def test_a_size_of_vocabulary_is_refused_where_none_is_trained_and_it_is_another(
+    places: dict[str, str], given: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match=r"vocab_size=300, but the tokenizer '.*' has 257 tokens: leave out vocab_size"):
+        settled(places, **given, vocab_size=300)
+    assert settled(places, **given).vocab_size is None
+    assert settled(places, **given, vocab_size=257).vocab_size == 257
+
+
+@pytest.mark.parametrize(("name", "value"), [("text_field", "text"), ("val_share", 0.3), ("allow_lossy", True)])
+def test_options_of_texts_are_refused_beside_tokens(places: dict[str, str], name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{name}={value!r} is of texts, and data='.*own' is tokenized .*: leave it"):
+        settled(places, data="own", **{name: value})
+    assert getattr(settled(places, data="texts", tokenizer="other", **{name: value}), name) == value
+
+
+def test_what_is_recorded_is_what_counted(places: dict[str, str]) -> None:
+    config = settled(places, data="texts")
+    assert (config.vocab_size, config.text_field, config.val_share) == (1000, "text", 0.05)
+    assert settled(places, data="texts", vocab_size=300).vocab_size == 300
+    config = settled(places, data="own")
+    assert (config.vocab_size, config.text_field, config.val_share) == (None, None, None)
+
+
+def test_the_options_of_a_run_on_tokens_begin_another_one(tmp_path: Path, places: dict[str, str]) -> None:
+    run = train(tmp_path, data=[places["own"]], vocab_size=None)
+    written = load_config_file(run / "config.toml")
+    assert not {"vocab_size", "text_field", "val_share"} & set(written)
+    new_run(resolve({**written, "out": str(tmp_path / "again")}), World())
+    resume_run(run, {"steps": 22})
+    assert rows(run)[-1].update == 22
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"data": "own", "vocab_size": 300, "val_share": 0.1, "text_field": "body"},
+        {"data": "texts", "vocab_size": 300, "model": None, "init_from": "model", "tokenizer": "other"},
+    ],
+    ids=["tokens", "weights"],
+)
+def test_a_run_that_was_begun_with_options_that_did_not_count_goes_on(
+    tmp_path: Path, places: dict[str, str], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(rooms, "agreed", lambda config, *, vocab_size: config)
+        run = train(tmp_path, **{name: places.get(value, value) for name, value in given.items()})
+    assert load_config_file(run / "config.toml")["vocab_size"] == 300
+    resume_run(run, {"steps": 22})
+    assert rows(run)[-1].update == 22
+
+
+def test_a_run_or_a_checkpoint_of_it_is_gone_on_from(tmp_path: Path) -> None:
+    first = train(tmp_path)
+    earlier, last = checkpoints(first)
+    for given, found in ((first, last), (earlier, earlier), (first / "export", first / "export")):
+        changes = {"model": None, "init_from": str(given), "out": str(tmp_path / "second")}
+        run = new_run(resolve(options(tmp_path, **changes)), World())
+        weights = load_file(found / "model.safetensors")
+        assert run.config.init_from == str(found)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
+    (earlier / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        new_run(resolve(options(tmp_path, model=None, init_from=str(earlier), out=str(tmp_path / "third"))), World())
