@@ -112,6 +112,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert len(checkpoints(run)) == 2
     found_device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     settled = {"compile": False, "threads": 1, "device": found_device.type}
+    settled |= {"text_field": "text", "val_share": 0.05, "vocab_size": 300}  # of the texts, and of the model
     settled["dtype"] = resolve(load_config_file(run / "config.toml")).dtype
     assert settled["dtype"] in ("float32", "bfloat16")
     assert resolve(load_config_file(run / "config.toml")) == resolve(options(tmp_path, **settled))
