@@ -69,6 +69,20 @@ def assert_same(ours: tuple[list[float], list[Tensor]], theirs: tuple[list[float
         torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-14)
 
 
+def assert_trains_as_dense(path: str, build: Callable[[], nn.Module], targets: list[str]) -> None:
+    """Train a model for five updates on this path and on the dense one."""
+    ends = []
+    for each in (path, "dense"):
+        torch.manual_seed(0)
+        model = build().double()
+        step = stepper(each, sgd(model, targets=targets), model, loss_of)
+        for index in range(5):
+            step(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)))
+        ends.append([p.detach() for p in model.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 def swap(model: nn.Sequential) -> None:
     model[0], model[2] = model[2], model[0]
 
@@ -301,18 +315,11 @@ class Clipped(nn.Linear):
 
 @pytest.mark.parametrize("path", ["functional", "step"])
 def test_data_that_a_forward_pass_assigns_is_the_weights_as_on_the_dense_path(path: str) -> None:
-    def run(path: str) -> list[Tensor]:
-        torch.manual_seed(0)
+    def build() -> nn.Module:
         shared = Clipped(6, 6)
-        model = nn.Sequential(shared, nn.Tanh(), shared).double()
-        optimizer = sgd(model, targets=["0"])
-        step = stepper(path, optimizer, model, loss_of)
-        for index in range(5):
-            step(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)))
-        return [p.detach() for p in model.parameters()]
+        return nn.Sequential(shared, nn.Tanh(), shared)
 
-    for ours, theirs in zip(run(path), run("dense"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert_trains_as_dense(path, build, ["0"])
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -364,15 +371,8 @@ def test_what_asks_for_a_dense_gradient_within_the_loss_is_refused(ask: Any) -> 
 @pytest.mark.parametrize("path", ["functional", "step"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script says that it is old
 def test_a_scripted_layer_trains_as_on_the_dense_path(path: str) -> None:
-    def run(path: str) -> list[Tensor]:
-        torch.manual_seed(0)
+    def build() -> nn.Module:
         inner = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)))
-        model = nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6)).double()
-        optimizer = sgd(model, targets=["0", "1.0.weight"])
-        step = stepper(path, optimizer, model, loss_of)
-        for index in range(5):
-            step(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)))
-        return [p.detach() for p in model.parameters()]
+        return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
 
-    for ours, theirs in zip(run(path), run("dense"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert_trains_as_dense(path, build, ["0", "1.0.weight"])
