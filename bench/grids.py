@@ -172,12 +172,13 @@ def confirm_wide() -> list[Spec]:
     """AdamW's best of those grids on other seeds, and low rank for as long as full rank takes, by bench.step."""
     trials = _settled([spec for spec in tune_wide() if "Muon" not in spec.name])
     longer = [
-        Spec(f"{name}, equal time", method, settings, "w512", "sotu", round(STEPS * ratio), seed)
+        Spec(f"{name}, equal time", method, settings, "w512", text, round(STEPS * ratio), seed)
         for name, method, settings in trials
         if (ratio := _TIME_RATIO.get(settings.get("rank", 0), 1.0)) > 1.0
         for seed in SEEDS
+        for text in TEXTS
     ]
-    return longer + _on_all_texts(trials, size="w512", texts=("sotu",))
+    return longer + _on_all_texts(trials, size="w512")
 
 
 def _low_and_full(size: str, ranks: tuple[int, int], rates: tuple[float, ...], muons: tuple[float, ...]) -> list[Spec]:
@@ -211,13 +212,11 @@ def _settled(grid: list[Spec]) -> list[tuple[str, str, dict[str, Any]]]:
     return [(spec.name, spec.method, spec.settings) for spec in kept]
 
 
-def _on_all_texts(
-    trials: list[tuple[str, str, dict[str, Any]]], *, size: str = "w128", texts: Iterable[str] = TEXTS
-) -> list[Spec]:
+def _on_all_texts(trials: list[tuple[str, str, dict[str, Any]]], *, size: str = "w128") -> list[Spec]:
     return [
         Spec(name, method, settings, size, text, STEPS, seed)
         for seed in SEEDS
-        for text in texts
+        for text in TEXTS
         for name, method, settings in trials
     ]
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -225,6 +226,12 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
+def _peaks(keys: list[str], arguments: argparse.Namespace) -> dict[str, int]:
+    """Measure every contender's peak; on a GPU all at once, for torch counts what each process has taken there."""
+    with ThreadPoolExecutor(1 if arguments.device == "cpu" else len(keys)) as pool:
+        return dict(zip(keys, pool.map(partial(_peak_in_process, arguments=arguments), keys), strict=True))
+
+
 def _peak_in_process(key: str, arguments: argparse.Namespace) -> int:
     """Measure a contender's peak in a process of its own, in which large blocks go back to the system when freed."""
     own = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in _SHARED]
@@ -238,7 +245,7 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     """Time the contenders beside each other and return their rows; full rank is the first of them."""
     if not arguments.no_memory:
         print("measuring memory", file=sys.stderr)  # first: what fails there costs no timings
-    peaks = {key: 0 if arguments.no_memory else _peak_in_process(key, arguments) for key in keys}
+    peaks = dict.fromkeys(keys, 0) if arguments.no_memory else _peaks(keys, arguments)
     trainers, num_parameters = {}, 0
     for key in keys:
         print(f"building {CONTENDERS[key].name}", file=sys.stderr)
