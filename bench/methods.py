@@ -55,7 +55,9 @@ class Trainer:
         self.model = model
         self.loss_fn = partial(loss_fn, dtype=settings.get("dtype", torch.bfloat16))
         loss = partial(self.loss_fn, model)
-        self.loss: Callable[[Tensor], Tensor] = torch.compile(loss) if settings.get("compile", True) else loss
+        compile = settings.get("compile", True)  # or options of torch.compile
+        options = compile if isinstance(compile, dict) else {}
+        self.loss: Callable[[Tensor], Tensor] = torch.compile(loss, **options) if compile else loss
         self.accumulate, self.num_micro_batches = settings.get("accumulate", 1), 0
 
     def trained(self) -> Iterable[Tensor]:

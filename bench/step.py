@@ -4,6 +4,7 @@
     python -m bench.step --width 512 --rank 32 --dtype bfloat16
     python -m bench.step --methods full ours peft         these alone
     python -m bench.step --accumulate 8                   eight micro-batches an update
+    python -m bench.step --device cuda --methods full full-graphs ours ours-graphs
 
 All methods live in one process and take turns, in an order that changes every round, on the same batches and threads;
 times are medians. Methods with `, compiled` compile forward and backward; the others run eagerly. All have AdamW's
@@ -78,10 +79,13 @@ _OURS = {"rank": "rank", "alpha": "matched", "init": "orthogonal"}
 _PEFT = {"rank": "rank", "alpha": "rank", "restart_every": 0, "restart_warmup": 0}
 _PROJECTED = {"rank": "rank", "update_proj_gap": 10**9, "scale": 0.25}
 _EAGER = {"compile": False}
+_GRAPHS = {"compile": {"mode": "reduce-overhead"}}  # on a GPU; elsewhere it is compiled like the others
 CONTENDERS = {
     "full": Contender("full-rank AdamW, compiled", "full", "full", {}),
     "full-eager": Contender("full-rank AdamW", "full", "full", _EAGER),
+    "full-graphs": Contender("full-rank AdamW, CUDA graphs", "full", "full", _GRAPHS),
     "ours": Contender("relora-opt, compiled", "relora", "functional", _OURS),
+    "ours-graphs": Contender("relora-opt, CUDA graphs", "relora", "functional", {**_OURS, **_GRAPHS}),
     "ours-muon": Contender("relora-opt over Muon, compiled", "relora", "functional", {**_OURS, "base": "muon"}),
     "ours-eager": Contender("relora-opt", "relora", "functional", {**_OURS, **_EAGER}),
     "dense": Contender("relora-opt, dense path, compiled", "relora", "dense", {**_OURS, "path": "dense"}),
@@ -91,6 +95,7 @@ CONTENDERS = {
     "apollo": Contender("APOLLO, compiled", "apollo", "apollo", _PROJECTED),
     "fira": Contender("Fira, compiled", "fira", "fira", _PROJECTED),
 }
+_USUAL = [key for key in CONTENDERS if not key.endswith("-graphs")]
 
 
 @dataclass(frozen=True)
@@ -346,7 +351,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=_USUAL, metavar="METHOD")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="say where the time of a step goes")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)

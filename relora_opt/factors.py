@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .sharding import is_sharded
 
 INITS = ("kaiming", "orthogonal", "gradient")
 
@@ -48,7 +52,7 @@ def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
     if init == "kaiming":
         A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
     else:
-        A = _orthonormal_rows(A.normal_(generator=generator))
+        A = _orthonormal_rows(A.normal_(generator=generator), like.device)
     return A.to(like.device)
 
 
@@ -57,16 +61,17 @@ def draw_b(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
     *batch, m, _ = shape
     B = torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype), device="cpu")
     if init == "gradient":
-        B = _orthonormal_rows(B.normal_(generator=generator).mT).mT.contiguous()
+        B = _orthonormal_rows(B.normal_(generator=generator).mT, like.device).mT.contiguous()
     return B.to(like.device)
 
 
-def _orthonormal_rows(drawn: Tensor) -> Tensor:
+def _orthonormal_rows(drawn: Tensor, device: torch.device) -> Tensor:
     """Return the orthonormal rows that Gram and Schmidt make of a drawn matrix's, by Cholesky's factor.
 
-    In float64, so that what processors round differently is rounded away; twice, for what the first time leaves.
+    In float64, so that what processors round differently is rounded away; twice, for what the first time leaves. On the
+    device that they are for, where it is known to have float64: on one core it is most of a restart.
     """
-    rows = drawn.double()
+    rows = drawn.to(device if device.type == "cuda" else "cpu", torch.float64)
     for _ in range(2):
         rows = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.mT), rows, upper=False)
     return rows.to(drawn.dtype).contiguous()
@@ -88,35 +93,48 @@ def product_norm(A: Tensor, B: Tensor, scale: float) -> Tensor:
     return squared.clamp(min=0.0).sqrt() * scale
 
 
-def move_norm(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return the Frobenius norm of s (B' A' - B A).
-
-    Args:
-        old: (A, B) before the step. new: (A', B') after it.
-    """
-    left, right = _movement(old, new)
-    return product_norm(right, left, scale)
-
-
-def move_(W: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> None:
-    """Move W by s (B' A' - B A) in place, as one product of rank 2r.
-
-    Args:
-        W: (m, n), (batch, m, n), or n-D with the factors of its matrix; floating point, contiguous or not.
-        old: (A, B) before the step. new: (A', B') after it.
-    """
-    left, right = _movement(old, new)
-    if W.dim() == 2:
-        W.addmm_(left, right, alpha=scale)
-    else:
-        W.add_(product(right, left, scale).view(W.shape))
-
-
-def _movement(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factors, of rank 2r, of B' A' - B A = [B' - B, B] [A'; A' - A].
+class Movement(NamedTuple):
+    """The factors, of rank 2r, of B' A' - B A = [B' - B, B] [A'; A' - A].
 
     The small differences come first: a product that rounds (float32 in TF32 or bfloat16, where torch is allowed to)
     then rounds the movement. Of [B', -B] [A'; A] it would round B' A' and B A, a thousand times as large.
     """
-    (A, B), (new_A, new_B) = old, new
-    return torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2)
+
+    left: Tensor
+    right: Tensor
+
+
+def copies(factors: list[Tensor]) -> list[Tensor]:
+    """Return copies of factors: for `movements`, after a step."""
+    if not factors or any(is_sharded(factor) for factor in factors):
+        return [factor.clone() for factor in factors]
+    made = [torch.empty_like(factor) for factor in factors]
+    torch._foreach_copy_(made, factors)
+    return made
+
+
+def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]:
+    """Yield how far each pair of factors has moved.
+
+    Args:
+        factors: A', B' of the first pair, of the second, and so on. before: copies of them before the step.
+    """
+    if not factors or any(is_sharded(factor) for factor in factors):
+        changes = [new - old for new, old in zip(factors, before, strict=True)]
+    else:
+        changes = list(torch._foreach_sub(factors, before))
+    for A, B, dA, dB in zip(factors[::2], before[1::2], changes[::2], changes[1::2], strict=True):
+        yield Movement(torch.cat((dB, B), dim=-1), torch.cat((A, dA), dim=-2))
+
+
+def move_(W: Tensor, movement: Movement, scale: float) -> None:
+    """Move W by s (B' A' - B A) in place, as one product of rank 2r.
+
+    Args:
+        W: (m, n), (batch, m, n), or n-D with the factors of its matrix; floating point, contiguous or not.
+    """
+    left, right = movement
+    if W.dim() == 2:
+        W.addmm_(left, right, alpha=scale)
+    else:
+        W.add_(product(right, left, scale).view(W.shape))

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
-from .factors import INITS, draw_a, draw_generator, matrix_shape, move_norm, product
+from .factors import INITS, copies, draw_a, draw_generator, matrix_shape, movements, product, product_norm
 from .groups import (
     MATCHED,
     LowRank,
@@ -53,8 +53,9 @@ from .state import (
     check_fits,
     detached,
     exact_weight,
+    factors_of,
     is_low_rank,
-    move_weight_,
+    move_weights_,
     new_clock,
     new_entry,
     redraw_,
@@ -223,12 +224,11 @@ class ReLoRAOptimizer(Optimizer):
             self._inner.set_rates(self.param_groups, rates)
             self._last_lr = rates if counts else self._last_lr
             moving = [weight for weight in weights if weight.has_gradient] if counts else []
-            before = [(weight.A.clone(), weight.B.clone()) for weight in moving]
+            before = copies(factors_of(moving))
             try:
                 result = inner.step(base, closure if self._passes_closure else None)
             finally:  # W goes with its factors, also where the base has failed after it moved some
-                for weight, old in zip(moving, before, strict=True):
-                    move_weight_(weight.W, weight.entry, old, weight.scale)
+                move_weights_(moving, before)
             if counts:
                 self._moved = self._measured(moving, before)
         self._inner.adopt(self.param_groups, self.state)
@@ -534,7 +534,7 @@ class ReLoRAOptimizer(Optimizer):
         model: nn.Module,
         loss_fn: Callable[..., Any],
         *,
-        compile: bool = True,
+        compile: bool | dict[str, Any] = True,
         accumulate: int = 1,
         skip_nonfinite: bool = False,
         guard: Guard | None = None,
@@ -680,13 +680,12 @@ class ReLoRAOptimizer(Optimizer):
                 pointing.point_(weights)
                 group["pointing"] = 0
 
-    def _measured(
-        self, weights: Sequence[LowRankState], before: Sequence[tuple[Tensor, Tensor]]
-    ) -> dict[Tensor, Tensor] | None:
+    def _measured(self, weights: Sequence[LowRankState], before: list[Tensor]) -> dict[Tensor, Tensor] | None:
         """Return how far the update has moved the weights, whose factors were `before`; None where nobody asks."""
         if not (self.measures_updates and self.is_low_rank):
             return None
-        return {w.W: move_norm(old, (w.A, w.B), w.scale) for w, old in zip(weights, before, strict=True)}
+        moved = zip(weights, movements(factors_of(weights), before), strict=True)
+        return {weight.W: product_norm(right, left, weight.scale) for weight, (left, right) in moved}
 
     def _sketch(self) -> None:
         """Take the factors' gradients for sketches, in the groups whose A's are still to be pointed."""

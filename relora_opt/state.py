@@ -11,12 +11,13 @@ it. "master" is the float32 value of a 16-bit weight, to which updates too small
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_
+from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_, movements
 from .groups import Slot
 from .sharding import lay_out_factors
 
@@ -85,16 +86,21 @@ def _draw(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: in
     return lay_out_factors(A, B, W, slot.name)
 
 
-def move_weight_(W: Tensor, entry: Entry, old: tuple[Tensor, Tensor], scale: float) -> None:
-    """Move W by what its factors have moved since `old` = (A, B); a 16-bit W by way of its master."""
-    new = entry["A"], entry["B"]
-    master = entry.get("master")
-    if master is None:
-        move_(W, old, new, scale)
-        return
-    master.copy_(exact_weight(W, entry))
-    move_(master, old, new, scale)
-    W.copy_(master)
+def factors_of(weights: Iterable[LowRankState]) -> list[Tensor]:
+    """Return A and B of the first weight, of the second, and so on."""
+    return [factor for weight in weights for factor in (weight.A, weight.B)]
+
+
+def move_weights_(weights: Sequence[LowRankState], before: list[Tensor]) -> None:
+    """Move weights by what their factors have moved since they were `before`; 16-bit ones by way of their masters."""
+    for (W, entry, scale), movement in zip(weights, movements(factors_of(weights), before), strict=True):
+        master = entry.get("master")
+        if master is None:
+            move_(W, movement, scale)
+        else:
+            master.copy_(exact_weight(W, entry))
+            move_(master, movement, scale)
+            W.copy_(master)
 
 
 def exact_weight(W: Tensor, entry: Entry | None) -> Tensor:

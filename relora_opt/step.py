@@ -36,7 +36,8 @@ class Step:
         optimizer, model: as in `optimizer.make_step(model, ...)`.
         loss_fn: `loss_fn(model, *batch, **kwargs)` -> scalar loss, or `(loss, aux)` with `has_aux`.
         compile: whether `torch.compile` compiles the forward (and with it the backward): once for the warm start and
-            once for the low-rank phase; restarts and rates do not recompile.
+            once for the low-rank phase; restarts and rates do not recompile. A dictionary is handed on to it:
+            {"mode": "reduce-overhead"} takes CUDA graphs, for models so small that a GPU waits for Python.
         accumulate: micro-batches an update. The loss of each counts 1 / accumulate, so they should be of equal size.
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It waits for the device
             once an update, for these two numbers.
@@ -54,7 +55,7 @@ class Step:
         model: nn.Module,
         loss_fn: Callable[..., Any],
         *,
-        compile: bool = True,
+        compile: bool | dict[str, Any] = True,
         accumulate: int = 1,
         skip_nonfinite: bool = False,
         guard: Guard | None = None,
@@ -63,7 +64,11 @@ class Step:
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate={accumulate!r} must be a whole number of micro-batches, 1 or more")
-        for name, value in {"compile": compile, "skip_nonfinite": skip_nonfinite, "has_aux": has_aux}.items():
+        if not isinstance(compile, (bool, dict)) or compile == {}:
+            raise TypeError(
+                f'compile={compile!r} must be True, False, or options of torch.compile: {{"mode": ...}}, say'
+            )
+        for name, value in {"skip_nonfinite": skip_nonfinite, "has_aux": has_aux}.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r} must be True or False")
         if not (guard is None or isinstance(guard, Guard)):
@@ -78,14 +83,16 @@ class Step:
         self.process_group = process_group
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn)
-        self._is_compiled = compile
+        self._is_compiled = bool(compile)
+        options = compile if isinstance(compile, dict) else {}
+        self._is_replayed = _takes_graphs(options)
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
         _check_process_group(process_group)
         if process_group is not None:
             _start_alike_(optimizer, model, self._functional.factors(), process_group)
         self._pass: Callable[..., Any] = self._functional  # forward and backward
         if compile:
-            self._pass = _compiled(self._functional, accumulate, has_aux=has_aux)
+            self._pass = _compiled(self._functional, accumulate, options, has_aux=has_aux)
         self._losses: list[Tensor] = []  # of the update that is accumulated
         self._num_loads = optimizer._num_loads
 
@@ -98,6 +105,11 @@ class Step:
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
+        if self._is_replayed:  # the next call overwrites what this one gave
+            loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
+            if self.num_micro_batches % self.accumulate == 0 and self.accumulate > 1:
+                for p in self._functional.parameters():
+                    p.grad = p.grad if p.grad is None else p.grad.clone()
         if self.guard is not None:
             self._losses.append(loss)
         self.num_micro_batches += 1
@@ -169,9 +181,18 @@ def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
         )
 
 
-def _compiled(loss: nn.Module, accumulate: int, *, has_aux: bool) -> Callable[..., Any]:
+def _takes_graphs(options: dict[str, Any]) -> bool:
+    """Say whether these options let torch.compile record CUDA graphs."""
+    mode, chosen = options.get("mode"), options.get("options") or {}
+    return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
+
+
+def _compiled(loss: nn.Module, accumulate: int, options: dict[str, Any], *, has_aux: bool) -> Callable[..., Any]:
     """Return the forward pass, compiled, with the backward pass after it."""
-    compiled = torch.compile(loss, fullgraph=True)
+    try:
+        compiled = torch.compile(loss, fullgraph=True, **options)
+    except (TypeError, ValueError, RuntimeError) as error:  # fullgraph given twice, an unknown mode, mode and options
+        raise ValueError(f"compile={options!r} is not for torch.compile(..., fullgraph=True): {error}") from error
 
     def call(*args: Any, **kwargs: Any) -> Any:
         dropped: set[Path] = set()

@@ -122,6 +122,11 @@ def scaled_factor_gradients() -> None:
     scaler.step(optimizer)
 
 
+def compiled_with(options: dict[str, Any]) -> None:
+    model = mlp()
+    relora(model).make_step(model, mse, compile=options)
+
+
 MISTAKES = {
     # ranks, scales and rates
     "negative rank": Mistake(lambda: low_rank(rank=-1), ValueError, "rank=-1", "0 trains everything densely"),
@@ -471,7 +476,25 @@ MISTAKES = {
         lambda: low_rank(base=torch.optim.LBFGS, rank=0).make_step(mlp(), mse), ValueError, "LBFGS", "step(closure)"
     ),
     "compile in words": Mistake(
-        lambda: relora(mlp()).make_step(mlp(), mse, compile="yes"), TypeError, "compile='yes'", "True or False"
+        lambda: relora(mlp()).make_step(mlp(), mse, compile="yes"),
+        TypeError,
+        "compile='yes'",
+        "True, False, or options",
+    ),
+    "no option to compile with": Mistake(
+        lambda: relora(mlp()).make_step(mlp(), mse, compile={}), TypeError, "compile={}", "True, False, or options"
+    ),
+    "an unknown mode": Mistake(
+        lambda: compiled_with({"mode": "fast"}),
+        ValueError,
+        "compile={'mode': 'fast'}",
+        "should be one of: default",
+    ),
+    "fullgraph given twice": Mistake(
+        lambda: compiled_with({"fullgraph": False}),
+        ValueError,
+        "compile={'fullgraph': False}",
+        "not for torch.compile(..., fullgraph=True)",
     ),
     "skip_nonfinite in words": Mistake(
         lambda: stepped_with_loss(mse, skip_nonfinite="x"), TypeError, "skip_nonfinite='x'", "True or False"

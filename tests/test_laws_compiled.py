@@ -52,6 +52,29 @@ def test_what_torch_cannot_trace_is_refused_with_the_remedy() -> None:
     assert not isinstance(e.value, torch._dynamo.exc.TorchDynamoException)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mode", ["default", "max-autotune"], ids=str)
+def test_options_are_torch_compiles_own(mode: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """max-autotune may record CUDA graphs, so what a step gives and keeps is copied: on a CPU, to no effect."""
+    given = []
+    compile = torch.compile
+
+    def traced(function: Any, **options: Any) -> Any:
+        given.append(options)
+        return compile(function, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    runs = []
+    for chosen in ({"mode": mode, "dynamic": False}, False):
+        model = mlp(torch.float64)
+        optimizer = relora(model, schedule=jagged_schedule())
+        step = optimizer.make_step(model, mse, compile=chosen, accumulate=accumulate)
+        losses = [step(*batch(index, torch.float64)) for index in range(24 * accumulate)]
+        runs.append((losses, list(model.parameters())))
+    assert given == [{"fullgraph": True, "mode": mode, "dynamic": False}]
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("backend")
 def test_compiled_factor_gradients_equal_eager_ones_at_random_b(dtype: torch.dtype) -> None:
