@@ -35,6 +35,7 @@ RATES = (2e-3, 1.4e-3, 2.8e-3, 1e-3, 4e-3)
 REST = (8e-3, 4e-3, 16e-3)
 _TIME_RATIO = {128: 0.948, 64: 1.052}  # full-rank AdamW's step time / ours at width 512, by rank: bench.step
 _CARRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+_CARRIED_LOWER = {"w256": (2.5e-4,), "w512": (2.5e-4,)}  # the best of the wider ones lay at the edge
 
 
 def _grid(
@@ -103,6 +104,7 @@ def tune_eighth() -> list[Spec]:
         *_grid("rank 16, A's rate x 0.3", "variant", {**variant, "a_rate": 0.3}, (2e-3, 4e-3)),
         *_grid("rank 16, A's rate x 3", "variant", {**variant, "a_rate": 3.0}, (2e-3, 1e-3)),
         *_grid("rank 16, balanced rates", "variant", {**variant, "balanced": True}, (2e-3,)),
+        *_grid("rank 16, preconditioned", "variant", {**variant, "precondition": True}, (2e-3, 4e-3, 1e-3)),
         *_grid("LoRA, matched scale, rank 16", "relora", adam, (2e-3, 2.8e-3), (16e-3,)),
         *_grid("LoRA, matched scale, Muon, rank 16", "relora", muon, (5.6e-3, 2.8e-3)),
     ]
@@ -224,15 +226,16 @@ def _on_all_texts(trials: list[tuple[str, str, dict[str, Any]]], *, size: str = 
 def carry_over() -> list[Spec]:
     """Does a full-rank rate carry over? Rates by rank and width, for s = 1 and for the matched scale; 300 updates."""
     ranks = {"w128": (8, 32, 64), "w256": (16, 64, 128), "w512": (32, 128, 256)}
+    rates = {size: (*_CARRIED_LOWER.get(size, ()), *_CARRIED) for size in ranks}
     specs = [
         Spec("full-rank AdamW", "full", {"lr": lr, "rest_lr": 8e-3}, size, "sotu", 300, 0)
         for size in ranks
-        for lr in _CARRIED
+        for lr in rates[size]
     ]
     for size, rank in ((size, rank) for size, some in ranks.items() for rank in some):
         for name, alpha in (("LoRA, s = 1", rank), ("LoRA, matched scale", "matched")):
             low_rank = {"rest_lr": 8e-3, "rank": rank, "alpha": alpha, "init": "orthogonal"}
-            specs += [Spec(name, "relora", {"lr": lr, **low_rank}, size, "sotu", 300, 0) for lr in _CARRIED]
+            specs += [Spec(name, "relora", {"lr": lr, **low_rank}, size, "sotu", 300, 0) for lr in rates[size]]
     return specs
 
 

@@ -18,6 +18,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
                 restart, but not before `restart_every` updates of its cycle
     b_init      orthogonal: B starts as orthonormal columns instead of zero; W does not change by it
     leak        after every update B shrinks by this share (times the schedule's multiplier) while W stays
+    precondition  B's gradient is taken in the metric of A, (A A^T)^-1 on its right, and A's in that of B (Zhang and
+                Pilanci, "Riemannian Preconditioned LoRA", arXiv 2402.02347), before Adam
     decay       decay of W itself, at the matrices' rate
     base        adam, or muon for the factors and the weights before the switch
 """
@@ -134,7 +136,11 @@ class Weight:
     def gradients(self) -> tuple[Tensor, Tensor]:
         G = self.W.grad
         assert G is not None
-        return self.scale * self.B.T @ G, self.scale * G @ self.A.T
+        of_a, of_b = self.scale * self.B.T @ G, self.scale * G @ self.A.T
+        if self.settings.get("precondition"):
+            of_a = torch.linalg.solve(_damped(self.B.T @ self.B), of_a)
+            of_b = torch.linalg.solve(_damped(self.A @ self.A.T), of_b.T).T
+        return of_a, of_b
 
     def move(self, gradients: tuple[Tensor, Tensor], lr: float) -> None:
         """Step the factors, and W by what they moved."""
@@ -147,6 +153,12 @@ class Weight:
         self.W.mul_(1 - lr * self.settings.get("decay", 0.0)).add_(B @ A - self.B @ self.A, alpha=self.scale)
         # What B forgets stays in W: a restart spread over all updates.
         self.A, self.B = A, B * (1 - self.settings.get("leak", 0.0) * lr / self.settings["lr"])
+
+
+def _damped(metric: Tensor) -> Tensor:
+    """Return a metric that can be inverted, also while B is zero."""
+    damping = 1e-2 * metric.diagonal().mean() + EPS
+    return metric + damping * torch.eye(len(metric), device=metric.device)
 
 
 class Variant(Trainer):
