@@ -160,8 +160,11 @@ class FunctionalModel(nn.Module):
             torch.autograd.Variable._execution_engine.queue_callback(_Restoring(self))
 
     def _weights(self) -> dict[str, Tensor]:
+        is_traced = torch.compiler.is_compiling()
         return {
-            place.path: LowRankWeight.wrap(place.W, self.A[place.key], self.B[place.key], place.scale)
+            place.traced_path if is_traced else place.path: LowRankWeight.wrap(
+                place.W, self.A[place.key], self.B[place.key], place.scale
+            )
             for place in self._places
             if place.W.requires_grad  # asked here too, for torch.compile, which skips `follow`
         }

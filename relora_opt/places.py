@@ -24,6 +24,11 @@ class Place(NamedTuple):
     def scale(self) -> float:
         return float(self.digits)
 
+    @property
+    def traced_path(self) -> str:
+        """The path that torch.compile sees: it looks through what it has compiled already."""
+        return ".".join(part for part in self.path.split(".") if part != "_orig_mod")
+
 
 class Held(NamedTuple):
     """A parameter of the optimizer's in the model."""

@@ -240,7 +240,7 @@ def _backward(loss: Tensor, accumulate: int) -> None:
     if not loss.requires_grad:
         raise TypeError(
             f"loss_fn gave a loss of {loss.dtype} that has no gradient: compute it in floating point from the model "
-            "that loss_fn is given, and do not detach it"
+            "that loss_fn is given, do not detach it, and leave a parameter unfrozen"
         )
     (loss / accumulate).backward()
 

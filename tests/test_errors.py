@@ -507,7 +507,10 @@ MISTAKES = {
         lambda: stepped_with_loss(mse, process_group="gloo"), TypeError, "process_group='gloo'", "group.WORLD"
     ),
     "loss detached": Mistake(
-        lambda: stepped_with_loss(lambda *args: mse(*args).detach()), TypeError, "torch.float32", "do not detach it"
+        lambda: stepped_with_loss(lambda *args: mse(*args).detach()),
+        TypeError,
+        "torch.float32",
+        "do not detach it, and leave",
     ),
     "loss of integers": Mistake(
         lambda: stepped_with_loss(lambda *args: mse(*args).long()), TypeError, "torch.int64", "in floating point"

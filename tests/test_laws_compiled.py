@@ -52,6 +52,23 @@ def test_what_torch_cannot_trace_is_refused_with_the_remedy() -> None:
     assert not isinstance(e.value, torch._dynamo.exc.TorchDynamoException)
 
 
+@pytest.mark.parametrize("part", ["", "first", "second"])
+@pytest.mark.usefixtures("backend")
+def test_a_model_that_was_compiled_already_is_compiled_as_a_whole(part: str) -> None:
+    runs = []
+    for compile in (True, False):
+        model: Any = mlp(torch.float64)
+        if part and compile:
+            setattr(model, part, torch.compile(getattr(model, part)))
+        seen = torch.compile(model) if compile and not part else model
+        optimizer = relora(seen, schedule=jagged_schedule(), targets=["first", "second"])
+        step = optimizer.make_step(seen, mse, compile=compile)
+        losses = [step(*batch(index, torch.float64)) for index in range(24)]
+        assert optimizer.num_restarts == 1
+        runs.append((losses, list(model.parameters())))
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("mode", ["default", "max-autotune"], ids=str)
 def test_options_are_torch_compiles_own(mode: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
