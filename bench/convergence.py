@@ -174,7 +174,8 @@ def _make(spec: Spec, *, device: str, compile: bool) -> str:
 
 
 def _report() -> None:
-    from .pictures import draw_methods, draw_restarts
+    from .grids import carry_over
+    from .pictures import draw_methods, draw_rates, draw_restarts
     from .report import rows, write_report
     from .restarts import table_6
 
@@ -183,6 +184,7 @@ def _report() -> None:
     for size, text, steps in sorted({row.place for row in rows()}):
         draw_methods(folder / f"convergence-{size}-{text}-{steps}.png", (size, text, steps))
     draw_restarts(folder / "restarts.png", list(table_6()), "ablation-lora")
+    draw_rates(folder / "rates.png", carry_over())
 
 
 def main() -> None:

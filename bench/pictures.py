@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .convergence import Spec
 from .report import FULL, Result, best_of_each, results, rows
 
 _BEFORE, _AFTER = 30, 120  # updates around a restart
@@ -66,6 +68,38 @@ def draw_restarts(path: Path, names: Sequence[str], reference: str) -> bool:
     return has_lines
 
 
+def draw_rates(path: Path, specs: Sequence[Spec]) -> bool:
+    """Draw the loss of runs against their rate, a panel a size, a line a method and rank; False where there is none."""
+    lines: dict[str, dict[tuple[str, int], list[tuple[float, float]]]] = {}
+    for spec in specs:
+        if spec.path.is_file():
+            loss = json.loads(spec.path.read_text())["val_loss"]
+            line = lines.setdefault(spec.size, {}).setdefault((spec.name, spec.settings.get("rank", 0)), [])
+            line.append((spec.settings["lr"], loss))
+    if not lines:
+        return False
+    figure, panels = plt.subplots(1, len(lines), figsize=(4 * len(lines), 4), layout="constrained", squeeze=False)
+    for axes, (size, of_size) in zip(panels[0], lines.items(), strict=True):
+        ranks = sorted({rank for _, rank in of_size if rank})
+        for (name, rank), points in of_size.items():
+            colour = "black" if name == FULL else f"C{ranks.index(rank)}"
+            style = ":" if "s = 1" in name else "-"
+            label = name if name == FULL else f"{name}, rank {rank}"
+            axes.plot(*zip(*sorted(points), strict=True), style, marker=".", color=colour, label=label)
+        lowest = min(loss for points in of_size.values() for _, loss in points)
+        axes.set_ylim(lowest - 0.03, lowest + 0.5)  # what lies above has diverged
+        axes.set_xscale("log")
+        rates = sorted({rate for points in of_size.values() for rate, _ in points})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(size, loc="left")
+        axes.set_xlabel("rate of the matrices")
+        axes.legend(fontsize=7, frameon=False)
+    panels[0][0].set_ylabel("validation loss, nats per token")
+    _finish(figure, panels[0], path)
+    return True
+
+
 def spikes(names: Sequence[str], reference: str) -> dict[str, tuple[float, int]]:
     """Return the height of the spike after a restart, in nats, and after how many updates the loss is back."""
     by_key = {_key(result): result for result in results()}
@@ -105,6 +139,7 @@ def _windows(run: Result, by_key: dict[tuple[Any, ...], Result], reference: str)
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
+    for each in np.atleast_1d(axes):
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

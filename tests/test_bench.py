@@ -222,6 +222,18 @@ def test_the_picture_of_restarts_shows_their_spikes(tmp_path: Path, monkeypatch:
     assert {path.name for path in tmp_path.glob("*.png")} == {"restarts.png", "methods.png"}
 
 
+def test_the_picture_of_rates_has_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    specs = grids.carry_over()
+    assert not pictures.draw_rates(tmp_path / "none.png", specs)
+    done = [spec for spec in specs if spec.size == "w128"]
+    for spec in done:
+        spec.path.write_text(json.dumps({"val_loss": 4.0 + spec.settings["lr"]}))
+    assert pictures.draw_rates(tmp_path / "rates.png", specs)
+    assert (tmp_path / "rates.png").stat().st_size > 0
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_matrix_is_a_linear_layer_inside_the_trunk() -> None:
     model = llama()
     named = {name for name, p in model.named_parameters() if is_matrix(name)}
