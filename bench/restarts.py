@@ -150,7 +150,7 @@ def restarts() -> list[Spec]:
 
 
 def short_cycles() -> list[Spec]:
-    """How short a cycle may be where a restart loses nothing, and what must be kept: a sixteenth of the width."""
+    """How short a cycle may be where a restart loses nothing, and what must be kept; what led at one seed, at others."""
     carried: dict[str, Any] = {"state": "carry"}
     trials: list[tuple[str, int, tuple[int, ...], dict[str, Any]]] = [
         ("every 100, state kept", 2, (0,), {"restart_every": 100, "state": "keep"}),
@@ -159,6 +159,7 @@ def short_cycles() -> list[Spec]:
         ("every 100, state carried", 4, (0,), {"restart_every": 100, **carried}),
         ("every 100, state carried", 2, SEEDS, {"restart_every": 100, **carried}),
         ("every 100, reset, ramp of 10", 2, (0,), {"restart_every": 100, "restart_warmup": 10}),
+        ("adaptive", 2, SEEDS, {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5}),
     ]
     common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
     return [
