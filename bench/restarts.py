@@ -150,7 +150,7 @@ def restarts() -> list[Spec]:
 
 
 def short_cycles() -> list[Spec]:
-    """How short a cycle may be where a restart loses nothing, and what must be kept; what led at one seed, at others."""
+    """How short a cycle may be where a restart loses nothing, what must be kept; and one seed's leads at others."""
     carried: dict[str, Any] = {"state": "carry"}
     trials: list[tuple[str, int, tuple[int, ...], dict[str, Any]]] = [
         ("every 100, state kept", 2, (0,), {"restart_every": 100, "state": "keep"}),
