@@ -167,7 +167,8 @@ def confirm_large() -> list[Spec]:
 
 def tune_wide() -> list[Spec]:
     """And at width 512, where 128 is a quarter and 64 an eighth."""
-    return _low_and_full("w512", (128, 64), (5e-4, 7e-4, 3.5e-4, 1e-3, 2.5e-4), (7e-4, 1e-3, 1.4e-3))
+    further = _grid("full-rank AdamW", "full", {}, (5e-4, 7e-4), (64e-3,), size="w512")  # its best was at the edge
+    return _low_and_full("w512", (128, 64), (5e-4, 7e-4, 3.5e-4, 1e-3, 2.5e-4), (7e-4, 1e-3, 1.4e-3)) + further
 
 
 def confirm_wide() -> list[Spec]:
