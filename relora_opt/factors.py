@@ -105,7 +105,7 @@ class Movement(NamedTuple):
 
 
 def copies(factors: list[Tensor]) -> list[Tensor]:
-    """Return copies of factors: for `movements`, after a step."""
+    """Return copies of factors, for `movements` after a step; on a GPU in one launch, or few."""
     if not factors or any(is_sharded(factor) for factor in factors):
         return [factor.clone() for factor in factors]
     made = [torch.empty_like(factor) for factor in factors]
@@ -114,17 +114,13 @@ def copies(factors: list[Tensor]) -> list[Tensor]:
 
 
 def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]:
-    """Yield how far each pair of factors has moved.
+    """Yield how far each pair of factors has moved, made when it is asked for.
 
     Args:
         factors: A', B' of the first pair, of the second, and so on. before: copies of them before the step.
     """
-    if not factors or any(is_sharded(factor) for factor in factors):
-        changes = [new - old for new, old in zip(factors, before, strict=True)]
-    else:
-        changes = list(torch._foreach_sub(factors, before))
-    for A, B, dA, dB in zip(factors[::2], before[1::2], changes[::2], changes[1::2], strict=True):
-        yield Movement(torch.cat((dB, B), dim=-1), torch.cat((A, dA), dim=-2))
+    for new_A, new_B, A, B in zip(factors[::2], factors[1::2], before[::2], before[1::2], strict=True):
+        yield Movement(torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2))
 
 
 def move_(W: Tensor, movement: Movement, scale: float) -> None:

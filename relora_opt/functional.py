@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .places import Held, Place, check_held, check_hooks, check_module, key_of, structure, unwrapped
+from .places import Held, Place, check_held, check_hooks, check_module, key_of, structure, traced_paths, unwrapped
 from .select import PARALLEL
 from .sharding import is_sharded
 from .weight import LowRankWeight, project
@@ -101,6 +101,7 @@ class FunctionalModel(nn.Module):
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._places, self._held, self._structure = [], [], structure(model)
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        traced = traced_paths(model)
         for module_path, module in model.named_modules():
             for name, W in module._parameters.items():
                 group = None if W is None else groups.get(id(W))
@@ -113,7 +114,8 @@ class FunctionalModel(nn.Module):
                     self.rest[key] = W
                     continue
                 self.A[key], self.B[key] = optimizer.factors(W)
-                self._places.append(Place(module, name, path, W, key, repr(optimizer.scale(W))))
+                traced_path = f"{traced[module_path]}.{name}".lstrip(".")
+                self._places.append(Place(module, name, path, W, key, repr(optimizer.scale(W)), traced_path))
         self._buffers.clear()
         for name, buffer in model.named_buffers():
             self.register_buffer(key_of(name), buffer)

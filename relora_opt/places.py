@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,15 +20,11 @@ class Place(NamedTuple):
     W: Tensor
     key: str
     digits: str  # of s: a number that differs from an earlier model's, torch.compile would make a variable, and fail
+    traced_path: str  # that torch.compile sees
 
     @property
     def scale(self) -> float:
         return float(self.digits)
-
-    @property
-    def traced_path(self) -> str:
-        """The path that torch.compile sees: it looks through what it has compiled already."""
-        return ".".join(part for part in self.path.split(".") if part != "_orig_mod")
 
 
 class Held(NamedTuple):
@@ -60,6 +57,21 @@ def structure(model: nn.Module) -> list[Any]:
                 seen.add(item[1])
                 modules.append(item[1])
     return built
+
+
+def traced_paths(model: nn.Module) -> dict[str, str]:
+    """Return by the path of every module the one that torch.compile sees: it looks through what it has compiled."""
+    modules, seen = dict(model.named_modules()), {"": ""}
+    for path in list(modules)[1:]:  # parents first
+        parent, _, name = path.rpartition(".")
+        is_inside = name == "_orig_mod" and _is_compiled(modules[parent])
+        seen[path] = seen[parent] if is_inside else f"{seen[parent]}.{name}".lstrip(".")
+    return seen
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # where nobody has imported it, nothing is compiled
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def check_held(held: Iterable[Held], model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import gradients
 from .compiler import drop_cut_library
+from .factors import copies
 from .functional import broadcast_
 from .guard import Guard
 from .places import Around, check_module
@@ -78,14 +79,14 @@ class Step:
         check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
-        self.optimizer, self.accumulate, self.has_aux = optimizer, accumulate, has_aux
+        self.optimizer, self.accumulate, self.has_aux, self._model = optimizer, accumulate, has_aux, model
         self.guard = Guard(max_jump=inf) if guard is None and skip_nonfinite else guard
         self.process_group = process_group
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn)
         self._is_compiled = bool(compile)
         options = compile if isinstance(compile, dict) else {}
-        self._is_replayed = _takes_graphs(options)
+        self._is_replayed = bool(compile) and _takes_graphs(options)
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
         _check_process_group(process_group)
         if process_group is not None:
@@ -102,14 +103,14 @@ class Step:
             self._begin_anew()
         if self._is_compiled:
             self._functional.follow()
+        without = self._without_gradient() if self._is_replayed else []
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
-        if self._is_replayed:  # the next call overwrites what this one gave
+        if self._is_replayed:
+            _check_aux(aux)
             loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
-            if self.num_micro_batches % self.accumulate == 0 and self.accumulate > 1:
-                for p in self._functional.parameters():
-                    p.grad = p.grad if p.grad is None else p.grad.clone()
+            self._keep_gradients(without)
         if self.guard is not None:
             self._losses.append(loss)
         self.num_micro_batches += 1
@@ -137,6 +138,17 @@ class Step:
             self.num_micro_batches -= begun
             self._losses.clear()
             self.optimizer.zero_grad()
+
+    def _without_gradient(self) -> list[Tensor]:
+        """Return all whose gradients a pass may make that have none yet."""
+        unique = {id(p): p for p in (*self._model.parameters(), *self._functional.parameters())}
+        return [p for p in unique.values() if p.grad is None]
+
+    def _keep_gradients(self, parameters: list[Tensor]) -> None:
+        """Copy the gradients that these parameters were given: they lie where the next replay of a graph writes."""
+        given = [p for p in parameters if p.grad is not None]
+        for p, gradient in zip(given, copies([p.grad for p in given if p.grad is not None]), strict=True):
+            p.grad = gradient
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all processes; it waits for the device."""
@@ -181,18 +193,33 @@ def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
         )
 
 
+def _check_aux(aux: Any) -> None:
+    """Refuse what cannot be copied, and would change with the next replay of a graph."""
+    for leaf in pytree.tree_leaves(aux):
+        if not (leaf is None or isinstance(leaf, (Tensor, int, float, str))):
+            raise TypeError(
+                f"loss_fn gave a {type(leaf).__name__} beside the loss, whose tensors the next replay of a CUDA graph "
+                "would overwrite: give tensors and numbers, in tuples, lists and dictionaries"
+            )
+
+
 def _takes_graphs(options: dict[str, Any]) -> bool:
-    """Say whether these options let torch.compile record CUDA graphs."""
-    mode, chosen = options.get("mode"), options.get("options") or {}
-    return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
+    """Say whether torch.compile records CUDA graphs with these options, so that what a call gives is overwritten."""
+    from torch._inductor import config
+
+    chosen = options.get("options")
+    by_options = isinstance(chosen, dict) and bool(chosen.get("triton.cudagraphs"))
+    by_name = options.get("mode") in ("reduce-overhead", "max-autotune") or options.get("backend") == "cudagraphs"
+    return by_options or by_name or bool(config.triton.cudagraphs)
 
 
 def _compiled(loss: nn.Module, accumulate: int, options: dict[str, Any], *, has_aux: bool) -> Callable[..., Any]:
     """Return the forward pass, compiled, with the backward pass after it."""
     try:
         compiled = torch.compile(loss, fullgraph=True, **options)
-    except (TypeError, ValueError, RuntimeError) as error:  # fullgraph given twice, an unknown mode, mode and options
-        raise ValueError(f"compile={options!r} is not for torch.compile(..., fullgraph=True): {error}") from error
+    except Exception as error:  # fullgraph given twice, an unknown mode, mode and options: each of another class
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"compile={options!r} is not for torch.compile(..., fullgraph=True): {reason}") from error
 
     def call(*args: Any, **kwargs: Any) -> Any:
         dropped: set[Path] = set()

@@ -639,6 +639,41 @@ MUTATIONS = (
         "parts = self._unused()",
         ("test_release.py", "serves_one_step"),
     ),
+    Mutation(
+        "leave gradients where the next replay of a graph writes",
+        "step.py",
+        "            self._keep_gradients(without)",
+        "            pass",
+        ("test_replays.py", "train_as_without"),
+    ),
+    Mutation(
+        "keep the gradients of the optimizer's own alone over replays",
+        "step.py",
+        "(*self._model.parameters(), *self._functional.parameters())",
+        "(*self._functional.parameters(),)",
+        ("test_replays.py", "another_optimizer"),
+    ),
+    Mutation(
+        "return the very loss that the next replay overwrites",
+        "step.py",
+        "pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))",
+        "(loss, aux)",
+        ("test_replays.py", "train_as_without"),
+    ),
+    Mutation(
+        "swap low-rank weights in where a compiled module hides them",
+        "functional.py",
+        """traced_path = f"{traced[module_path]}.{name}".lstrip(".")""",
+        "traced_path = path",
+        ("test_laws_compiled.py", "compiled_already"),
+    ),
+    Mutation(
+        "look through every module with a child of that name",
+        "places.py",
+        'is_inside = name == "_orig_mod" and _is_compiled(modules[parent])',
+        'is_inside = name == "_orig_mod"',
+        ("test_laws_compiled.py", "compiled_already"),
+    ),
 )
 
 
