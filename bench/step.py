@@ -356,6 +356,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.accumulate > 1 and any(key.endswith("-graphs") for key in arguments.methods):
+        parser.error("--accumulate with CUDA graphs: full rank's gradients would be overwritten between micro-batches")
     set_up(arguments.threads, arguments.dtype)
     if not arguments.peak:
         keep_freed_memory()
