@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import is_sharded
-
 INITS = ("kaiming", "orthogonal", "gradient")
 
 
@@ -102,15 +100,6 @@ class Movement(NamedTuple):
 
     left: Tensor
     right: Tensor
-
-
-def copies(factors: list[Tensor]) -> list[Tensor]:
-    """Return copies of factors, for `movements` after a step; on a GPU in one launch, or few."""
-    if not factors or any(is_sharded(factor) for factor in factors):
-        return [factor.clone() for factor in factors]
-    made = [torch.empty_like(factor) for factor in factors]
-    torch._foreach_copy_(made, factors)
-    return made
 
 
 def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
-from .factors import INITS, copies, draw_a, draw_generator, matrix_shape, movements, product, product_norm
+from .factors import INITS, draw_a, draw_generator, matrix_shape, movements, product, product_norm
 from .groups import (
     MATCHED,
     LowRank,
@@ -51,6 +51,7 @@ from .state import (
     LowRankState,
     add_master_,
     check_fits,
+    copies,
     detached,
     exact_weight,
     factors_of,

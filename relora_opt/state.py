@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_, movements
 from .groups import Slot
-from .sharding import lay_out_factors
+from .sharding import is_sharded, lay_out_factors
 
 Entry = dict[str, Any]
 
@@ -89,6 +89,15 @@ def _draw(W: Tensor, slot: Slot, rank: int, *, init: str, seed: int, restart: in
 def factors_of(weights: Iterable[LowRankState]) -> list[Tensor]:
     """Return A and B of the first weight, of the second, and so on."""
     return [factor for weight in weights for factor in (weight.A, weight.B)]
+
+
+def copies(factors: list[Tensor]) -> list[Tensor]:
+    """Return copies of factors; on a GPU in one launch, or few."""
+    if not factors or any(is_sharded(factor) for factor in factors):
+        return [factor.clone() for factor in factors]
+    made = [torch.empty_like(factor) for factor in factors]
+    torch._foreach_copy_(made, factors)
+    return made
 
 
 def move_weights_(weights: Sequence[LowRankState], before: list[Tensor]) -> None:

@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from . import gradients
 from .compiler import drop_cut_library
-from .factors import copies
 from .functional import broadcast_
 from .guard import Guard
 from .places import Around, check_module
@@ -146,9 +145,8 @@ class Step:
 
     def _keep_gradients(self, parameters: list[Tensor]) -> None:
         """Copy the gradients that these parameters were given: they lie where the next replay of a graph writes."""
-        given = [p for p in parameters if p.grad is not None]
-        for p, gradient in zip(given, copies([p.grad for p in given if p.grad is not None]), strict=True):
-            p.grad = gradient
+        for p in parameters:
+            p.grad = p.grad if p.grad is None else p.grad.clone()
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all processes; it waits for the device."""
