@@ -159,13 +159,22 @@ def short_cycles() -> list[Spec]:
         ("every 100, state carried", 4, (0,), {"restart_every": 100, **carried}),
         ("every 100, state carried", 2, SEEDS, {"restart_every": 100, **carried}),
         ("every 100, reset, ramp of 10", 2, (0,), {"restart_every": 100, "restart_warmup": 10}),
+        ("every 400, half of B A kept, no ramp", 2, (0,), {"restart_every": 400, "kept": 0.5}),
+        ("every 100, half of B A kept, ramp of 10", 2, (0,), {"restart_every": 100, "restart_warmup": 10, "kept": 0.5}),
         ("adaptive", 2, SEEDS, {"restart_every": 200, "restart_warmup": 40, "adaptive": 0.5}),
     ]
     common: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 8}
+    pruned = {**MATCHED, **common, "restart_every": 500, "restart_warmup": 25}
     return [
         Spec(f"Adam, rank 8, {name}", "variant", {**common, **own}, "w128", "botocore", length * STEPS, seed)
         for name, length, seeds, own in trials
         for seed in seeds
+    ] + [
+        Spec(
+            f"ReLoRA, rank 8, every 500, {how}", "relora", {**pruned, "prune": how}, "w128", "botocore", 2 * STEPS, seed
+        )
+        for seed in SEEDS
+        for how in ("magnitude:0.9", "random:0.9")
     ]
 
 

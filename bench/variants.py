@@ -13,6 +13,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     state       reset; keep; project: B's moments re-expressed in the new A's basis; carry: the same, and directions
                 that the old A did not see start from the mean of the second moments; scale: the first moments are
                 dropped, and the mean of a row's second moments kept
+    kept        share of the directions of B A that outlast a restart: those of its singular directions along which the
+                gradient still points most, |u^T G v|; the others are drawn anew, orthogonal to them, and forgotten
     staggered   every weight restarts at its own time, spread evenly over the cycle, with a ramp of its own
     adaptive    a weight restarts when the share of G in A's span falls below this share of what it was after its last
                 restart, but not before `restart_every` updates of its cycle
@@ -77,6 +79,7 @@ class Weight:
     def restart(self, update: int) -> None:
         """Draw A, zero B, and deal with the moments."""
         m, old = self.W.shape[0], self.A
+        kept = self._earning() if old is not None and self.settings.get("kept") else None
         self.A, scale = self._draw(first=old is None)
         given = self.settings.get("scale", "matched")
         self.scale = scale if given == "matched" else float(given)
@@ -84,6 +87,11 @@ class Weight:
         if self.settings.get("b_init") == "orthogonal":  # its step and A's move W equally far
             Q = torch.linalg.qr(torch.randn(m, self.settings["rank"], generator=self.generator))[0]
             self.B = (Q * math.sqrt(m / self.W.shape[1])).to(self.W.device)
+        if kept is not None:
+            left, right = kept
+            rest = self.A - self.A @ right.T @ right
+            self.A = torch.cat((right, torch.linalg.qr(rest[len(right) :].T)[0].T))
+            self.B[:, : len(right)] = left
         state = self.settings.get("state", "reset")
         if old is None or state == "reset":
             self.of_a, self.of_b = self.new_moments(self.A), self.new_moments(self.B)
@@ -98,6 +106,16 @@ class Weight:
             moments, self.of_a = self.of_b, self.new_moments(self.A)
             moments.m, moments.v = moments.m.zero_(), moments.v.mean(1, keepdim=True).expand_as(moments.v).clone()
         self.last, self.share = update, self._captured()
+
+    def _earning(self) -> tuple[Tensor, Tensor]:
+        """Return (u s, v) of the singular directions of B A that are kept: (m, k) and (k, n)."""
+        assert self.W.grad is not None
+        of_b, of_a = torch.linalg.qr(self.B), torch.linalg.qr(self.A.T)
+        U, S, V = torch.linalg.svd(of_b[1] @ of_a[1].T)
+        U, V = of_b[0] @ U, V @ of_a[0].T
+        earned = ((U.T @ self.W.grad) * V).sum(1).abs()
+        best = earned.topk(round(self.settings["kept"] * len(S))).indices
+        return U[:, best] * S[best], V[best]
 
     def _draw(self, *, first: bool) -> tuple[Tensor, float]:
         n, rank, init = self.W.shape[1], self.settings["rank"], self.settings.get("init", "orthogonal")
