@@ -159,8 +159,8 @@ def tune_large() -> list[Spec]:
 
 
 def confirm_large() -> list[Spec]:
-    """The best of those grids, full-rank AdamW's two best, on three texts and three other seeds; an eighth first."""
-    specs = _on_all_texts(_settled(tune_large()), size="w256")
+    """The best of those grids, full-rank AdamW's and an eighth's two best, on three texts and three other seeds."""
+    specs = _on_all_texts(_settled(tune_large(), twice=("LoRA, matched scale, rank 32",)), size="w256")
     names = ["full-rank AdamW", *(f"LoRA, matched scale, {which}" for which in ("Muon, rank 32", "rank 32"))]
     return sorted(specs, key=lambda spec: names.index(spec.name) if spec.name in names else len(names))
 
@@ -202,8 +202,8 @@ def _low_and_full(size: str, ranks: tuple[int, int], rates: tuple[float, ...], m
     return specs
 
 
-def _settled(grid: list[Spec]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return (name, method, settings) of the best run of every name, of full-rank AdamW the two best."""
+def _settled(grid: list[Spec], *, twice: Iterable[str] = ()) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (name, method, settings) of the best run of every name; the two best of full-rank AdamW and of `twice`."""
     missing = sum(not spec.path.is_file() for spec in grid)
     if missing:
         raise LookupError(f"{missing} runs of the grid are missing, whose best this plan confirms: run the grid first")
@@ -211,7 +211,7 @@ def _settled(grid: list[Spec]) -> list[tuple[str, str, dict[str, Any]]]:
     best: dict[str, list[Spec]] = {}
     for spec in ranked:
         best.setdefault(spec.name, []).append(spec)
-    kept = [spec for name, some in best.items() for spec in some[: 2 if name == "full-rank AdamW" else 1]]
+    kept = [spec for name, some in best.items() for spec in some[: 2 if name in ("full-rank AdamW", *twice) else 1]]
     return [(spec.name, spec.method, spec.settings) for spec in kept]
 
 
