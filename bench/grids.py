@@ -111,9 +111,11 @@ def tune_eighth() -> list[Spec]:
 
 
 def balance() -> list[Spec]:
-    """Rates of A and B for Muon: the step of A moves W the further, the larger B has grown."""
+    """Rates of A and B: the step of A moves W the further, the larger B has grown. For Muon, and what led with AdamW."""
     settings: dict[str, Any] = {"rank": 32, "base": "muon"}
+    led: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 16, "balanced": True}
     return [
+        *(Spec("rank 16, balanced rates", "variant", led, "w128", "sotu", STEPS, seed) for seed in SEEDS),
         *_grid("Muon, balanced rates", "variant", {**settings, "balanced": True}, (4e-3, 8e-3)),
         *_grid("Muon, A's rate x 0.3", "variant", {**settings, "a_rate": 0.3}, (4e-3, 8e-3)),
         *_grid("Muon, A's rate x 0.1", "variant", {**settings, "a_rate": 0.1}, (4e-3, 8e-3)),
