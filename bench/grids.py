@@ -111,7 +111,7 @@ def tune_eighth() -> list[Spec]:
 
 
 def balance() -> list[Spec]:
-    """Rates of A and B: the step of A moves W the further, the larger B has grown. For Muon, and what led with AdamW."""
+    """Rates of A and B: the step of A moves W the further, the larger B has grown. Of Muon, and what led of AdamW."""
     settings: dict[str, Any] = {"rank": 32, "base": "muon"}
     led: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, "rank": 16, "balanced": True}
     return [
