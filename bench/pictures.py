@@ -78,7 +78,7 @@ def draw_rates(path: Path, specs: Sequence[Spec]) -> bool:
             line.append((spec.settings["lr"], loss))
     if not lines:
         return False
-    figure, panels = plt.subplots(1, len(lines), figsize=(4 * len(lines), 4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(lines), figsize=(4 * len(lines), 5), layout="constrained", squeeze=False)
     for axes, (size, of_size) in zip(panels[0], lines.items(), strict=True):
         ranks = sorted({rank for _, rank in of_size if rank})
         for (name, rank), points in of_size.items():
@@ -94,7 +94,7 @@ def draw_rates(path: Path, specs: Sequence[Spec]) -> bool:
         axes.minorticks_off()
         axes.set_title(size, loc="left")
         axes.set_xlabel("rate of the matrices")
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     panels[0][0].set_ylabel("validation loss, nats per token")
     _finish(figure, panels[0], path)
     return True

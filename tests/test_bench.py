@@ -118,7 +118,9 @@ def test_every_variant_learns_and_is_like_no_other(settings: dict[str, Any]) -> 
 def test_the_runs_of_a_plan_have_files_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever a grid has found: confirmations wait for it.
     monkeypatch.setattr(
-        grids, "_settled", lambda grid: [(s.name, s.method, s.settings) for s in {s.name: s for s in grid}.values()]
+        grids,
+        "_settled",
+        lambda grid, twice=(): [(s.name, s.method, s.settings) for s in {s.name: s for s in grid}.values()],
     )
     specs = PLANS[name]()
     assert len({spec.path for spec in specs}) == len(specs)
