@@ -171,6 +171,15 @@ def test_a_run_that_is_killed_at_every_update_ends_the_same(whole: Path, tmp_pat
     assert end_of(tmp_path / "run") == end_of(whole)
 
 
+@pytest.fixture
+def endable() -> Iterator[None]:
+    """Give SIGHUP its effect, which a suite that is started by nohup is without."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("endable")
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, id="SIGHUP")]
 )
