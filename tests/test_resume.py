@@ -173,10 +173,12 @@ def test_a_run_that_is_killed_at_every_update_ends_the_same(whole: Path, tmp_pat
 
 @pytest.fixture
 def endable() -> Iterator[None]:
-    """Give SIGHUP its effect, which a suite that is started by nohup is without."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Python's own answers to Ctrl-C and a closed terminal: background jobs of a shell, and `nohup`, ignore them."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, answer) for number, answer in own.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
 @pytest.mark.usefixtures("endable")
@@ -236,15 +238,7 @@ def test_an_echo_of_an_interrupt_is_no_second_one(monkeypatch: pytest.MonkeyPatc
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, which it does not give in a background job of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("endable")
 def test_an_interrupt_after_the_last_update_leaves_its_checkpoint(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
