@@ -6,6 +6,7 @@ This file does not know base optimizers; the layout is state.py's.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .factors import matrix_shape
 from .groups import Selected
 from .sharding import is_sharded
-from .state import CLOCK, FORMAT, READABLE, Entry, is_low_rank
+from .state import CLOCK, FORMAT, NAMES, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
 
@@ -44,6 +45,24 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
                 )
             if is_low_rank(entry):
                 _check_entry(entry, W, group["rank"])
+
+
+def check_names(saved: StateDict, names: list[str]) -> None:
+    """Refuse the factors of other weights, which may have the same shapes; draws to come are keyed by these names too.
+
+    A state that has come through torch.distributed.checkpoint has no list of them: it finds its weights by name itself.
+
+    Raises:
+        ValueError: names the first weight in which they differ.
+    """
+    theirs = saved.get(NAMES)
+    if theirs is None or theirs == names:
+        return
+    other, ours = next(pair for pair in zip_longest(theirs, names, fillvalue="none") if pair[0] != pair[1])
+    raise ValueError(
+        f"the saved state is of other low-rank weights ({other} where this optimizer has {ours}): construct it alike, "
+        f'with the same targets and names; if nothing but names has changed, remove "{NAMES}" from the state dictionary'
+    )
 
 
 def check_layouts(saved: StateDict, weights: Iterable[Selected]) -> None:
@@ -132,6 +151,8 @@ def _check_form(saved: Any) -> None:
         raise ValueError(f"state_dict holds {sorted(map(str, saved))}: {must}")
     if not isinstance(saved["state"], dict):
         raise TypeError(f"state_dict's state is a {type(saved['state']).__name__}: {must}")
+    if not isinstance(saved.get(NAMES, []), list):
+        raise TypeError(f"state_dict's {NAMES} is a {type(saved[NAMES]).__name__}: {must}")
     groups = saved["param_groups"]
     wrong = [group for group in groups if not isinstance(group, dict)] if isinstance(groups, list) else [groups]
     if wrong:

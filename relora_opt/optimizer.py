@@ -39,7 +39,7 @@ from .groups import (
     resolve_added_group,
     resolve_groups,
 )
-from .loading import check_clock, check_layouts, check_loadable, loaded, with_empty_states
+from .loading import check_clock, check_layouts, check_loadable, check_names, loaded, with_empty_states
 from .matched import matched_scale, trial_shape
 from .restart import check_prunable, prune_states_
 from .schedule import JaggedSchedule
@@ -47,6 +47,7 @@ from .select import Targets
 from .state import (
     CLOCK,
     FORMAT,
+    NAMES,
     Entry,
     LowRankState,
     add_master_,
@@ -282,7 +283,10 @@ class ReLoRAOptimizer(Optimizer):
         self._changed()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`."""
+        """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`.
+
+        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, for who loads it.
+        """
         self._restore_models()
         self.state.update(self._drafts)
         try:
@@ -292,15 +296,15 @@ class ReLoRAOptimizer(Optimizer):
                 del self.state[W]
         entries = packed["state"].items()
         packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
-        return packed
+        return {**packed, NAMES: self.selected} if self.selected else packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken, bitwise. Factors in use are overwritten in place; dtypes are kept.
 
         Raises:
-            ValueError: where the state is another optimizer's, of an unknown format, of other ranks, or disagrees with
-                its own counters.
+            ValueError: where the state is another optimizer's, of an unknown format, of other weights or ranks, or
+                disagrees with its own counters.
         """
         self._restore_models()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -308,6 +312,7 @@ class ReLoRAOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         state_dict = with_empty_states(state_dict, self._selected(), self._fresh or ())
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
+        check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
         if self._drafts:
             self._make_entries()

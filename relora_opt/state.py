@@ -4,6 +4,7 @@
     state[p] of any other           the base optimizer's own
     every group                     rank, scale, factor_lr, pointing, num_updates, num_restarts, last_restart,
                                     relora_format
+low_rank                            the names of the low-rank weights, in `state_dict()` alone
 
 Only tensors, numbers and dictionaries of them, so `torch.load(weights_only=True)` and torch.distributed.checkpoint read
 it. "master" is the float32 value of a 16-bit weight, to which updates too small for 16 bits add up.
@@ -25,6 +26,7 @@ Entry = dict[str, Any]
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no "pointing" in its groups: no A was pointed by gradients
+NAMES = "low_rank"
 CLOCK = ("num_updates", "num_restarts", "last_restart")
 
 

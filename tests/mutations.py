@@ -325,6 +325,13 @@ MUTATIONS = (
         ("test_bases.py", "hooks_fire_once"),
     ),
     Mutation(
+        "load the state of other weights of the same shapes",
+        "loading.py",
+        "if theirs is None or theirs == names:",
+        "if theirs is None or len(theirs) == len(names):",
+        ("test_contract_traps.py", "other_weights_of_the_same_shapes"),
+    ),
+    Mutation(
         "take the state of another shape",
         "loading.py",
         "if (A.shape, B.shape) != ((*stacked, rank, n), (*stacked, m, rank)):",

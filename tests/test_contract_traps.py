@@ -47,14 +47,20 @@ def train(model: nn.Module, optimizer: ReLoRAOptimizer, first: int, last: int) -
 
 
 @pytest.mark.parametrize("updates", [0, 1, 2, 3, 6, 7])
-def test_state_is_keyed_by_the_models_parameters_and_the_state_dict_has_no_key_of_its_own(updates: int) -> None:
+def test_state_is_keyed_by_the_models_parameters_and_a_key_of_its_own_holds_nothing_but_names(updates: int) -> None:
     model = mlp()
     optimizer = relora(model, schedule=SCHEDULE)
     train(model, optimizer, 0, updates)
     own = {id(p) for p in model.parameters()}
     assert {id(p) for p in optimizer.state} <= own
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == own
-    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    saved = optimizer.state_dict()
+    assert saved.keys() == {"state", "param_groups", "low_rank"}
+    names = saved.pop("low_rank")
+    assert names == optimizer.selected
+    relora(mlp(), schedule=SCHEDULE).load_state_dict(saved)  # as torch.distributed.checkpoint leaves it
+    assert not any(name in str(saved["param_groups"]) for name in names)
+    assert relora(mlp(), rank=0, schedule=SCHEDULE).state_dict().keys() == {"state", "param_groups"}
 
 
 BASES_WITH_SCALARS = {  # float32 numbers in the state, whatever the parameter's dtype
@@ -371,6 +377,30 @@ def with_clocks_that_disagree(saved: dict[str, Any]) -> None:
 def without_its_clock(saved: dict[str, Any]) -> None:
     for group in saved["param_groups"]:
         del group["last_restart"]
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_state_of_other_weights_of_the_same_shapes_is_refused(updates: int) -> None:
+    saved = of_targets("query", updates)[0]
+    other, theirs = of_targets("key", 0)[1], copy.deepcopy(saved)
+    optimizer = ReLoRAOptimizer(other, rank=2, lr=0.01, targets=["key"])
+    with pytest.raises(ValueError, match=r"query\.weight where this optimizer has key\.weight"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    del theirs["low_rank"]  # as the message says
+    optimizer.load_state_dict(theirs)
+    assert optimizer.num_updates == updates
+
+
+def of_targets(name: str, updates: int) -> tuple[dict[str, Any], nn.Module]:
+    """Return the state after some updates of one of two layers alike, and their model."""
+    model = nn.ModuleDict({"query": nn.Linear(6, 6), "key": nn.Linear(6, 6)})
+    optimizer = ReLoRAOptimizer(model, rank=2, lr=0.01, targets=[name])
+    for _ in range(updates):
+        (model["query"](torch.ones(3, 6)).sum() + model["key"](torch.ones(3, 6)).square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.state_dict(), model
 
 
 @pytest.mark.parametrize(

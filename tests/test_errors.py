@@ -436,6 +436,18 @@ MISTAKES = {
         "relora_format=99",
         "use the version that saved it",
     ),
+    "names that are no list": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": 3}),
+        TypeError,
+        "low_rank is a int",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "another weight's state": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": ["first.weight"]}),
+        ValueError,
+        "none where this optimizer has",
+        "construct it alike",
+    ),
     "another rank": Mistake(
         lambda: relora(mlp()).load_state_dict(relora(mlp(), rank=3).state_dict()),
         ValueError,
