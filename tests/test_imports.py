@@ -54,7 +54,8 @@ ROOMS: dict[str, set[str]] = {
     "functional": {"places", "select", "sharding", "weight"},
     "places": {"weight"},
     "compiler": set(),
-    "step": {"compiler", "functional", "gradients", "guard", "places"},
+    "fusion": set(),
+    "step": {"compiler", "functional", "fusion", "gradients", "guard", "places"},
     "metrics": {"factors", "optimizer", "prune", "sharding", "state"},
     "export": {"select", "sharding"},
     "trainer": {"optimizer"},
@@ -64,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     },
 }
 # Methods that make an object of the room above import it when they are called.
-CALLED_LATE = {("optimizer", "functional"), ("optimizer", "step"), ("optimizer", "metrics")}
+CALLED_LATE = {("optimizer", "functional"), ("optimizer", "step"), ("optimizer", "metrics"), ("step", "fusion")}
 
 
 class Import(ast.NodeVisitor):
