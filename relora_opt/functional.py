@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from .places import Held, Place, check_held, check_hooks, check_module, key_of, structure, traced_paths, unwrapped
+from .release import has_foreign_hook
 from .select import PARALLEL
 from .sharding import is_sharded
 from .weight import LowRankWeight, project
@@ -121,17 +122,18 @@ class FunctionalModel(nn.Module):
             self.register_buffer(key_of(name), buffer)
 
     def follow(self) -> None:
-        """Register anew where the model has changed: layers were moved, or weights were frozen or unfrozen.
+        """Register anew where something has changed: layers were moved, weights frozen or unfrozen, or factors drawn.
 
         Raises:
             RuntimeError: where a parameter was replaced, or a low-rank weight has a gradient hook.
         """
         check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
+        is_same &= all(self._optimizer._holds(p.W, self.A[p.key], self.B[p.key]) for p in self._places)
         if not is_same or structure(self._models[0]) != self._structure:
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)
-        check_hooks(self._places, self._models[0])
+        check_hooks(self._places, self._models[0], has_foreign_hook)
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""

@@ -63,15 +63,23 @@ def are_finite(parameters: Iterable[Tensor]) -> bool:
 def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the norm of all gradients together, in place, and return what it was, as `nn.utils.clip_grad_norm_` does.
 
-    Sharded gradients count whole, and may lie on several meshes, or beside others that are not sharded.
+    Sharded gradients count whole, and may lie on several meshes, or beside others that are not sharded. Of sparse ones
+    their values count.
     """
     by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    sparse: list[Tensor] = []
     for p in parameters:
-        if p.grad is not None:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+            sparse.append(p.grad.values())
+        elif p.grad is not None:
             by_mesh[mesh_of(p)].append(p)
-    norm = _total_norm([p.grad for p in part if p.grad is not None] for part in by_mesh.values())
+    dense = [[p.grad for p in part if p.grad is not None] for part in by_mesh.values()]
+    norm = _total_norm([*dense, sparse] if sparse else dense)
     for part in by_mesh.values():
         nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    for values in sparse:
+        values.mul_((max_norm / (norm + _CLIP_EPS)).clamp(max=1.0).to(values.device))
     return norm
 
 
@@ -117,3 +125,4 @@ def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 _BUCKET_SIZE = 2**24
+_CLIP_EPS = 1e-6  # torch's, in clip_grads_with_norm_

@@ -163,12 +163,20 @@ def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, before: Seq
 def _split(group: dict[str, Any], low_rank: LowRank, chosen: Choice) -> Iterator[ResolvedGroup]:
     """Yield a group's low-rank part and its dense part, where they are not empty."""
     options = dict(group)
-    says_rank = "rank" in options
+    says_rank, stacked = "rank" in options, options.pop("stacked", None)
+    if stacked not in (None, True, False):
+        raise TypeError(f"stacked={stacked!r} must be True or False: whether the group's 3-D weights stack matrices")
     settings = low_rank.merged_with(options)
     parts: dict[bool, tuple[list[Tensor], list[Slot]]] = {True: ([], []), False: ([], [])}
     for name, parameter in options.pop("params"):
-        slot = Slot(name, id(parameter) in chosen.batch_ids)
+        slot = Slot(name, (bool(stacked) and parameter.dim() == 3) or id(parameter) in chosen.batch_ids)
         is_selected = _is_selected(slot, parameter, settings, chosen, says_rank=says_rank)
+        if is_selected and parameter.dim() == 3 and stacked is None and not chosen.knows_modules:
+            raise ValueError(
+                f"{name} {tuple(parameter.shape)} may stack matrices (experts) or be a convolution's, which parameters "
+                "without their module do not tell: pass the model itself, or say stacked=True or stacked=False in the "
+                "group"
+            )
         parameters, slots = parts[is_selected]
         parameters.append(parameter)
         slots.append(slot)

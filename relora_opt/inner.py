@@ -199,6 +199,8 @@ class Inner:
         """Copy the outer groups' options into the base's, with these effective rates."""
         assert self._optimizer is not None
         for group, own, rate in zip(groups, self._optimizer.param_groups, rates, strict=True):
+            for counter in own.keys() - group.keys() if self._has_adopted else ():  # which a restart has taken away
+                del own[counter]
             own.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
 
     def adopt(self, groups: list[Group], state: Any) -> None:

@@ -38,7 +38,8 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
         num_rows: m of W.
 
     Raises:
-        ValueError: where the base cannot be tried, or moves nothing in the trial, or not finitely.
+        ValueError: where the base cannot be tried, moves nothing in the trial, or not finitely, or goes with the size
+            of what it trains (Adafactor).
     """
     m, n = num_rows, A.shape[1]
     size, A = math.sqrt(m * n), A.to(torch.float32)
@@ -47,9 +48,9 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
     def drawn(columns: int) -> Tensor:
         return torch.randn(m, columns, generator=generator, dtype=torch.float32, device="cpu").to(A.device)
 
-    def tried(gradient: Tensor) -> Tensor:
+    def tried(gradient: Tensor, start: float = 0.0) -> Tensor:
         try:
-            return _trial_update(base, groups, number, gradient)
+            return _trial_update(base, groups, number, gradient, start)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -62,12 +63,19 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
         of_dense = float(tried(G * (size / G.norm())).norm())
         once, twice = (tried(of_factor * factor) for factor in (1.0, 2.0))
         of_low_rank, ratio = float((once @ A).norm()), float(twice.norm() / once.norm())
+        of_large = float(tried(of_factor, 1.0).norm() / once.norm())
     # At half the update for twice the gradient no scale matters.
     if not (all(0 < value < math.inf for value in (of_dense, of_low_rank)) and 0.5 < ratio < math.inf):
         raise _untried(
             base,
             f"moves a weight of shape {(m, n)} by {of_dense}, and by {of_low_rank} through factors ({ratio} times as "
             "far for gradients twice as large), in a trial of 8 updates",
+        )
+    if not 0.8 < of_large < 1.25:  # B starts at zero and grows: no one scale matches
+        raise _untried(
+            base,
+            f"moves a matrix of ones {of_large:.3g} times as far as one of zeros: its updates go with the size of what "
+            "it trains, and factors have another size than their weight",
         )
     scale = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
     return float(f"{scale:.4g}")
@@ -91,10 +99,11 @@ def _untried(base: Base, why: str) -> ValueError:
     )
 
 
-def _trial_update(base: Base, groups: list[Group], number: int, gradient: Tensor) -> Tensor:
-    """Return what a fresh base makes of a zero matrix in its 8th update; RAdam's first ones are SGD's.
+def _trial_update(base: Base, groups: list[Group], number: int, gradient: Tensor, start: float) -> Tensor:
+    """Return how a fresh base moves a constant matrix in its 8th update; RAdam's first ones are SGD's.
 
-    The matrix is alone in its group; in each other one a number whose gradient is 0 stands for those that are there.
+    Without weight decay, which goes with the size of the matrix. It is alone in its group; in each other one a number
+    whose gradient is 0 stands for those that are there.
     """
     scratch, *others = (nn.Parameter(gradient.new_zeros(shape)) for shape in (gradient.shape, *[(1, 1)] * len(groups)))
     own = [{**group, "params": [other]} for group, other in zip(groups, others, strict=True)]
@@ -102,9 +111,11 @@ def _trial_update(base: Base, groups: list[Group], number: int, gradient: Tensor
     optimizer = base.build(own)
     lr = optimizer.param_groups[number]["lr"]
     optimizer.param_groups[number]["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0  # a factory's, say
+    if "weight_decay" in optimizer.param_groups[number]:
+        optimizer.param_groups[number]["weight_decay"] = 0.0
     for other in others:
         other.grad = torch.zeros_like(other)
     for _ in range(8):
-        scratch.zero_().grad = gradient.clone()
+        scratch.fill_(start).grad = gradient.clone()
         step(optimizer)
-    return scratch.detach()
+    return scratch.detach() - start

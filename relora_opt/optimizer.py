@@ -41,18 +41,18 @@ from .groups import (
 )
 from .loading import check_clock, check_layouts, check_loadable, check_names, loaded, with_empty_states
 from .matched import matched_scale, trial_shape
-from .restart import check_prunable, prune_states_
+from .restart import check_prunable, prune_states_, reset_counters_
 from .schedule import JaggedSchedule
 from .select import Targets
 from .state import (
     CLOCK,
     FORMAT,
     NAMES,
+    Before,
     Entry,
     LowRankState,
     add_master_,
     check_fits,
-    copies,
     detached,
     exact_weight,
     factors_of,
@@ -77,7 +77,8 @@ class ReLoRAOptimizer(Optimizer):
 
     Args:
         params: a module, parameters, (name, parameter) pairs, or groups of either; a group may set its own `rank`,
-            `alpha` and `factor_lr` beside the base optimizer's options.
+            `alpha` and `factor_lr` beside the base optimizer's options, and must say whether weights of three
+            dimensions in it are `stacked` matrices (experts), or a convolution's.
         base: an optimizer class, or a factory `groups -> Optimizer`.
         rank: r of the factors; 0 trains everything densely.
         alpha: "matched" gives every weight the scale s with which an update moves it as far as the base's full-rank
@@ -120,6 +121,7 @@ class ReLoRAOptimizer(Optimizer):
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
     _fresh: Collection[str] | None = None  # what set_clock said
+    _is_template = False  # whether the state may be what a phantom step, which is no update, has made up
     _is_built = True  # False inside __init__
 
     def __init__(
@@ -174,6 +176,7 @@ class ReLoRAOptimizer(Optimizer):
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
+        self._fix_scales()
         self._check_base(self.param_groups)
         self._attach(takes_over=True)
         self._is_built = True
@@ -200,6 +203,7 @@ class ReLoRAOptimizer(Optimizer):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
         self._restore_models()
+        self._check_groups()
         loss = None
         if closure is not None and not self._passes_closure:
             with torch.enable_grad():
@@ -207,9 +211,11 @@ class ReLoRAOptimizer(Optimizer):
         if self._amp_skips():
             return loss
         counts = not phantom.is_phantom(self.param_groups, self.state)
-        if counts and self.num_updates == 0 and self.state:
-            phantom.forget_all_(self.state)
-            self._inner = inner.Inner(self._base)
+        if counts and self._is_template:
+            if self.num_updates == 0:
+                phantom.forget_all_(self.state)
+                self._inner = inner.Inner(self._base)
+            self._is_template = False
         self._make_entries()
         self._attach(takes_over=False)
         base = self._inner.current(self.param_groups, self.state)
@@ -225,18 +231,19 @@ class ReLoRAOptimizer(Optimizer):
             rates = self._rates()
             self._inner.set_rates(self.param_groups, rates)
             self._last_lr = rates if counts else self._last_lr
-            moving = [weight for weight in weights if weight.has_gradient] if counts else []
-            before = copies(factors_of(moving))
+            before = Before(weights if counts else [])
             try:
                 result = inner.step(base, closure if self._passes_closure else None)
             finally:  # W goes with its factors, also where the base has failed after it moved some
-                move_weights_(moving, before)
+                moving, factors = before.moved()
+                move_weights_(moving, factors)
             if counts:
-                self._moved = self._measured(moving, before)
+                self._moved = self._measured(moving, factors)
         self._inner.adopt(self.param_groups, self.state)
         if counts:
             self._tick()
         else:
+            self._is_template = True
             fresh = self.selected if self._fresh is None else self._fresh
             phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in fresh))
         return result if self._passes_closure else loss
@@ -272,6 +279,7 @@ class ReLoRAOptimizer(Optimizer):
                 super().add_param_group({**template, **group.options, **own})
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
+            self._fix_scales()
             self._check_base(self.param_groups[num_groups:])
             self._attach(takes_over=True)
         except Exception:  # all of it or nothing
@@ -288,6 +296,7 @@ class ReLoRAOptimizer(Optimizer):
         Beside these, "low_rank" holds the names of the low-rank weights, where there are any, for who loads it.
         """
         self._restore_models()
+        self._check_groups()
         self.state.update(self._drafts)
         try:
             packed = super().state_dict()
@@ -334,9 +343,13 @@ class ReLoRAOptimizer(Optimizer):
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
                 group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
+        self._fix_scales()
         for factor in self._all_factors():
             factor.grad = None  # as at a restart: it belongs to the A before
-        self._moved, self._pruned = None, {}
+        for W, *_ in self._selected():
+            W.grad = W.grad if release.is_dense(W.grad) else None
+        self._moved, self._pruned, self._last_lr, self.grad_norm = None, {}, [], None
+        self._is_template = self.num_updates == 0
         self._num_loads += 1
         self._changed()
 
@@ -397,6 +410,7 @@ class ReLoRAOptimizer(Optimizer):
         Raises:
             ValueError: during the warm start, or where nothing is low-rank.
         """
+        self._check_groups()
         if not self.is_low_rank:
             raise ValueError(
                 f"restart() after {self.num_updates} updates: no weight is low-rank yet (warm_start="
@@ -408,7 +422,7 @@ class ReLoRAOptimizer(Optimizer):
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
             group["pointing"] = self._num_sketches(group)
         self._pruned = prune_states_(
-            self._selected(), self.state, self._base, self.prune, seed=self.seed, restart=restart
+            self._selected(), self.state, self._base, self._options, self.prune, seed=self.seed, restart=restart
         )
         for W, slot, _, _ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
@@ -509,7 +523,7 @@ class ReLoRAOptimizer(Optimizer):
         watched = []
         for selected in self._selected():
             W, slot, group, _ = selected
-            entry = self.state[W] if W in self.state else drafts.get(W)
+            entry = self.state[W] if self.state.get(W) else drafts.get(W)
             scale = self._scale(selected) if is_low_rank(entry) else 0.0
             moved = None if self._moved is None else self._moved.get(W, 0.0)
             is_pointing = bool(group["pointing"])
@@ -597,6 +611,30 @@ class ReLoRAOptimizer(Optimizer):
         for selected in self._selected(groups):
             if not selected.W.is_meta:
                 self._scale(selected)
+
+    def _fix_scales(self) -> None:
+        self._scales = [group["scale"] for group in self.param_groups]
+
+    def _check_groups(self) -> None:
+        """Refuse groups whose ranks, scales or numbers of parameters somebody has changed, to no or to a wrong effect.
+
+        Raises:
+            ValueError: names the group, both values and the remedy.
+        """
+        if len(self.param_groups) != len(self._slots):
+            raise ValueError(
+                f"param_groups holds {len(self.param_groups)} groups now, and was made of {len(self._slots)}: add one "
+                "by add_param_group, freeze what is not to be trained, or construct a new optimizer"
+            )
+        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+            given = {"rank": self._options[number]["rank"], "scale": self._scales[number], "params": len(slots)}
+            for name, value in given.items():
+                now = len(group["params"]) if name == "params" else group[name]
+                if now != value:
+                    raise ValueError(
+                        f"param_groups[{number}] has {name} {now} now, and was made with {value}: that is fixed; "
+                        "freeze what is not to be trained, or construct a new optimizer"
+                    )
 
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""
@@ -704,13 +742,21 @@ class ReLoRAOptimizer(Optimizer):
     def _entry(self, selected: Selected) -> Entry:
         """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
         W, slot, group, _ = selected
-        entry = self.state[W] if W in self.state else self._drafts.get(W)
-        if not is_low_rank(entry):
+        entry = self._known_entry(W)
+        if entry is None:
             with torch.inference_mode(False):  # where somebody looks at them first, to train them later
                 entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
             self._drafts[W] = entry
-        assert entry is not None
         return entry
+
+    def _holds(self, parameter: Tensor, A: Tensor, B: Tensor) -> bool:
+        """Say whether these are the live factors of a weight, and not those of a state that was cleared since."""
+        entry = self._known_entry(parameter)
+        return entry is not None and entry["A"] is A and entry["B"] is B
+
+    def _known_entry(self, W: Tensor) -> Entry | None:
+        """Return a weight's low-rank state or its draft, if any; who looks into `state`, a defaultdict, fills it."""
+        return next((entry for entry in (self.state.get(W), self._drafts.get(W)) if is_low_rank(entry)), None)
 
     def _make_entries(self) -> None:
         """Give every low-rank weight its state, where the phase has it."""
@@ -758,6 +804,7 @@ class ReLoRAOptimizer(Optimizer):
             self.state.pop(selected.W, None)
             selected.W.grad = None  # used up: what zeroes the functional model's gradients will not reach it any more
         self._make_entries()
+        reset_counters_(self._selected(), self.state, self._base, self._options)
 
     def _amp_skips(self) -> bool:
         """Do a GradScaler's work, where there is one, and say whether the update must be skipped."""
@@ -789,7 +836,9 @@ _OWN = (
     "_base",
     "_slots",
     "_options",
+    "_scales",
     "_matched",
     "_fresh",
+    "_is_template",
     "_passes_closure",
 )

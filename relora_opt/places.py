@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -86,10 +86,10 @@ def check_held(held: Iterable[Held], model: nn.Module) -> None:
             )
 
 
-def check_hooks(places: Iterable[Place], model: nn.Module) -> None:
+def check_hooks(places: Iterable[Place], model: nn.Module, has_hook: Callable[[Tensor], bool]) -> None:
     """Refuse gradient hooks on low-rank weights, which would never be called."""
     for place in places:
-        if place.W._backward_hooks:
+        if has_hook(place.W):
             raise RuntimeError(
                 f"{_path(model, place.module, place.name)} has a gradient hook, which the functional path would never "
                 "call, for it forms no dense gradient: remove the hook, or use the dense path (loss.backward() through "

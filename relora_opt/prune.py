@@ -116,7 +116,7 @@ def prune_(
     if isinstance(strategy, Magnitude):
         scores = full(_value(moments[0]).detach().abs())
     else:
-        scores = torch.rand(shape, generator=generator).to(moments[0].device)
+        scores = torch.rand(shape, generator=generator, device="cpu").to(moments[0].device)
     num_forgotten = round(strategy.ratio * shape.numel())
     kept = _largest(scores, shape.numel() - num_forgotten)
     for moment in moments:

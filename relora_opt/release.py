@@ -136,6 +136,8 @@ def numbers_of(gradient: Tensor | None) -> tuple[Tensor, ...]:
     """Return what there is of a gradient: itself, or its projections; nothing where there is none."""
     if isinstance(gradient, ProjectedGradient):
         return gradient.parts or ()
+    if gradient is not None and gradient.is_sparse:
+        return (gradient.coalesce().values(),)
     return () if gradient is None else (gradient,)
 
 
@@ -173,6 +175,13 @@ def detach(W: Tensor) -> None:
     """Let a weight's gradient be, if an optimizer had asked for it."""
     if W in _HANDLES:
         _HANDLES.pop(W).remove()
+
+
+def has_foreign_hook(W: Tensor) -> bool:
+    """Say whether somebody else waits for a weight's dense gradient."""
+    hooks = W._post_accumulate_grad_hooks or {}
+    own = _HANDLES[W].id if W in _HANDLES else None
+    return bool(W._backward_hooks) or any(number != own for number in hooks)
 
 
 def _hook(method: WeakMethod[Find], number: int, place: int, name: str) -> Callable[[Tensor], None]:

@@ -2,6 +2,8 @@
 
     check_prunable   refuse at construction what a strategy could not prune, by trying the base
     prune_states_    prune the state of every factor, in place
+    reset_counters_  start anew what the base counts in the groups of the factors
+    Counters         what that is, found by trying the base
     FreshState       turns a used state of one factor into what a fresh base optimizer would start from
 
 This file does not know clocks or models; the strategies are in prune.py.
@@ -42,7 +44,14 @@ def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Gr
 
 
 def prune_states_(
-    weights: Iterable[Selected], state: Any, base: Base, strategy: prune.Strategy, *, seed: int, restart: int
+    weights: Iterable[Selected],
+    state: Any,
+    base: Base,
+    options: Sequence[Group],
+    strategy: prune.Strategy,
+    *,
+    seed: int,
+    restart: int,
 ) -> dict[Tensor, prune.Pruned]:
     """Prune the base's state of every factor, in place; what is drawn is keyed by (seed, name, restart).
 
@@ -50,17 +59,51 @@ def prune_states_(
     """
     pruned: dict[Tensor, prune.Pruned] = {}
     fresh: dict[tuple[int, torch.Size], FreshState] = {}
+    counters: dict[int, Counters] = {}
     for W, slot, group, number in weights:
         entry, counts = state[W], []
+        if number not in counters:
+            counters[number] = Counters(base, options[number], entry["A"])
+            if isinstance(strategy, prune.Reset):
+                counters[number].reset_(group)
         for key in ("A", "B"):
             factor, kind = entry[key], (number, entry[key].shape)
             if kind not in fresh:
-                fresh[kind] = FreshState(base, group, factor)
+                fresh[kind] = FreshState(base, group, factor, counters[number])
             generator = draw_generator(seed, f"{slot.name}.{key}_state", restart)
             own, reset_ = entry[f"{key}_state"], fresh[kind].reset_
             counts.append(prune.prune_(own, factor.shape, strategy, reset_=reset_, generator=generator))
         pruned[W] = prune.Pruned(*map(sum, zip(*counts, strict=True)))
     return pruned
+
+
+def reset_counters_(weights: Iterable[Selected], state: Any, base: Base, options: Sequence[Group]) -> None:
+    """Start anew what the base counts in the groups of low-rank weights: their factors have just come, or their A's."""
+    groups = {weight.number: weight for weight in weights}
+    for number, (W, _, group, _) in groups.items():
+        Counters(base, options[number], state[W]["A"]).reset_(group)
+
+
+class Counters:
+    """The numbers that a base's steps change in its group (step counts of Adan and of apex's optimizers)."""
+
+    def __init__(self, base: Base, options: Group, factor: Tensor) -> None:
+        """Try `base` with the options that it was made with over a scratch tensor of the factor's shape."""
+        scratch = torch.zeros_like(factor)
+        optimizer = base.build([{**options, "params": [scratch], "lr": 0.01}])
+        self._fresh = _numbers(optimizer.param_groups[0])
+        scratch.grad = torch.ones_like(scratch)
+        step(optimizer)
+        after = _numbers(optimizer.param_groups[0])
+        self._names = {key for key in after if key not in self._fresh or not _is_equal(after[key], self._fresh[key])}
+
+    def reset_(self, group: Group) -> None:
+        """Give a group the numbers of a fresh base's, in place."""
+        for key in self._names & group.keys():
+            if key in self._fresh:
+                group[key] = _numbers(self._fresh)[key]
+            else:
+                del group[key]
 
 
 class FreshState:
@@ -69,10 +112,13 @@ class FreshState:
     A state whose initial value is zero (Adam's, `step` included) is zeroed in place, so that its tensors survive. A
     state that a base makes when it is constructed (Adagrad's) is copied from there. Any other (Rprop's step sizes,
     NAdam's product, SGD's first momentum under dampening) is cleared, and the base makes it anew at its next update.
+    So is one that remembers values of the factor itself (a Lookahead's), to which it may return after many updates.
     """
 
-    def __init__(self, base: Base, group: Group, factor: Tensor) -> None:
+    def __init__(self, base: Base, group: Group, factor: Tensor, counters: Counters) -> None:
         """Try `base` with a group's options over scratch tensors of the factor's shape; the factor is left alone."""
+        group, self._counters = dict(group), counters
+        counters.reset_(group)
         self._build: Callable[[Tensor], Optimizer] = lambda scratch: base.build(
             [{**group, "params": [scratch], "lr": 0.01}]
         )
@@ -93,13 +139,17 @@ class FreshState:
     def _behaves_as_fresh(self, factor: Tensor) -> bool:
         """Say whether a used state set to zero gives the same two updates as no state at all."""
         generator = torch.Generator().manual_seed(0)
-        start, *gradients = (torch.randn(factor.shape, generator=generator).to(factor) for _ in range(4))
+        start, *gradients = (torch.randn(factor.shape, generator=generator, device="cpu").to(factor) for _ in range(4))
         used, fresh = start.clone(), start.clone()
         used_base, fresh_base = self._build(used), self._build(fresh)
         used.grad = gradients[0]
         step(used_base)
-        if any(prune.is_low_bit(value) for value in used_base.state[used].values()):
+        state = used_base.state[used].values()
+        if any(prune.is_low_bit(value) for value in state):
             return False  # its codes may have none for 0
+        if any(_is_equal(value, remembered) for value in state for remembered in (start, used)):
+            return False
+        self._counters.reset_(used_base.param_groups[0])
         used.copy_(start)
         _zero_(used_base.state[used])
         for gradient in gradients[1:]:
@@ -116,6 +166,18 @@ def _used_state(base: Base, group: Group, factor: Tensor) -> State:
     scratch.grad = torch.ones_like(scratch)
     step(optimizer)
     return dict(optimizer.state[scratch])
+
+
+def _numbers(group: Group) -> dict[str, Any]:
+    """Return the numbers in a group, but its rate: copies of those in tensors."""
+    numbers = {key: value for key, value in group.items() if isinstance(value, (int, float, Tensor)) and key != "lr"}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in numbers.items()}
+
+
+def _is_equal(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.shape == other.shape and torch.equal(value.to(other), other)
+    return type(value) is type(other) and bool(value == other)
 
 
 def _zero_(state: State) -> None:

@@ -89,7 +89,7 @@ class Choice:
                 re.compile(targets)
             except re.error as error:
                 raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from error
-        self.targets = targets
+        self.targets, self.knows_modules = targets, model is not None
         self._seen: list[str] = []
         self.batch_ids: set[int] = set() if model is None else set(_batch_ids(model))
         self.defaults: set[str] = set() if model is None or targets is not None else set(default_targets(model))

@@ -93,7 +93,32 @@ def factors_of(weights: Iterable[LowRankState]) -> list[Tensor]:
     return [factor for weight in weights for factor in (weight.A, weight.B)]
 
 
-def copies(factors: list[Tensor]) -> list[Tensor]:
+class Before:
+    """What the factors of weights are before the base's step, to find out which of them it moves, and how far."""
+
+    def __init__(self, weights: Sequence[LowRankState]) -> None:
+        self._weights = weights
+        factors = factors_of(weights)
+        self._versions = [factor._version for factor in factors]
+        self._copies = _copies(factors)
+
+    def moved(self) -> tuple[list[LowRankState], list[Tensor]]:
+        """Return the weights that have gradients or were written to, and what their factors were.
+
+        Torch's optimizers leave alone what has no gradient; others may not (a Lookahead, which pulls all of its
+        parameters back). Torch counts whatever is written into a tensor.
+        """
+        moving: list[LowRankState] = []
+        before: list[Tensor] = []
+        for place, weight in enumerate(self._weights):
+            pair = slice(2 * place, 2 * place + 2)
+            if weight.has_gradient or [weight.A._version, weight.B._version] != self._versions[pair]:
+                moving.append(weight)
+                before += self._copies[pair]
+        return moving, before
+
+
+def _copies(factors: list[Tensor]) -> list[Tensor]:
     """Return copies of factors; on a GPU in one launch, or few."""
     if not factors or any(is_sharded(factor) for factor in factors):
         return [factor.clone() for factor in factors]

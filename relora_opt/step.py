@@ -97,14 +97,23 @@ class Step:
         self._num_loads = optimizer._num_loads
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
-        """Train on one micro-batch. Returns the detached loss, or (loss, aux)."""
+        """Train on one micro-batch. Returns the detached loss, or (loss, aux).
+
+        Where it fails, in memory say, the update is to be made anew: gradients of its micro-batches are dropped.
+        """
         if self._num_loads != self.optimizer._num_loads:
-            self._begin_anew()
+            self._num_loads = self.optimizer._num_loads
+            if self._num_begun:
+                self._begin_anew()
         if self._is_compiled:
             self._functional.follow()
         without = self._without_gradient() if self._is_replayed else []
-        with torch.enable_grad():
-            loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
+        try:
+            with torch.enable_grad():
+                loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
+        except BaseException:
+            self._begin_anew()
+            raise
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
         if self._is_replayed:
             _check_aux(aux)
@@ -113,7 +122,7 @@ class Step:
         if self.guard is not None:
             self._losses.append(loss)
         self.num_micro_batches += 1
-        if self.num_micro_batches % self.accumulate == 0:
+        if not self._num_begun:
             self._update()
         return (loss, aux) if self.has_aux else loss
 
@@ -129,14 +138,16 @@ class Step:
         self._losses.clear()
         self.optimizer.zero_grad()
 
+    @property
+    def _num_begun(self) -> int:
+        """The micro-batches of an update that is not made yet."""
+        return self.num_micro_batches % self.accumulate
+
     def _begin_anew(self) -> None:
-        """Forget the micro-batches of an update in the middle of which a state was loaded."""
-        self._num_loads = self.optimizer._num_loads
-        begun = self.num_micro_batches % self.accumulate
-        if begun:
-            self.num_micro_batches -= begun
-            self._losses.clear()
-            self.optimizer.zero_grad()
+        """Forget the micro-batches of an update in the middle of which a state was loaded, or one has failed."""
+        self.num_micro_batches -= self._num_begun
+        self._losses.clear()
+        self.optimizer.zero_grad()
 
     def _without_gradient(self) -> list[Tensor]:
         """Return all whose gradients a pass may make that have none yet."""

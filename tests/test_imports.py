@@ -51,7 +51,7 @@ ROOMS: dict[str, set[str]] = {
         "loading",
     },
     "guard": set(),
-    "functional": {"places", "select", "sharding", "weight"},
+    "functional": {"places", "release", "select", "sharding", "weight"},
     "places": {"weight"},
     "compiler": set(),
     "fusion": set(),

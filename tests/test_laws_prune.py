@@ -159,20 +159,66 @@ INVENTORY: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
 }
 
 
+class CountsInItsGroup(optim.Optimizer):
+    """Adam with the count of its steps in the group, as Adan's and apex's."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "k": torch.zeros(())})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = t = group.get("step", 0) + 1
+            group["k"] = group["k"] + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                m, v = state["m"].lerp_(p.grad, 0.1), state["v"].lerp_(p.grad.square(), 0.001)
+                rate = -group["lr"] / float(group["k"]) ** 0.1
+                p.addcdiv_(m / (1 - 0.9**t), (v / (1 - 0.999**t)).sqrt() + 1e-8, value=rate)
+
+
+class LooksBack(optim.Adam):
+    """Adam that every sixth update goes halfway back to where it was."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            self.state[p].setdefault("slow", p.clone())
+            self.state[p]["count"] = self.state[p].get("count", 0) + 1
+        super().step()
+        for p in parameters:
+            if self.state[p]["count"] % 6 == 0:
+                p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+
+    def _init_group(self, group: Any, *args: Any) -> Any:
+        kept = {p: {key: self.state[p].pop(key) for key in ("slow", "count")} for p in group["params"]}
+        result = super()._init_group(group, *args)
+        for p, state in kept.items():
+            self.state[p].update(state)
+        return result
+
+
+FOREIGN = {"counts in its group": (CountsInItsGroup, {}), "looks back": (LooksBack, {})}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", INVENTORY)
+@pytest.mark.parametrize("name", [*INVENTORY, *FOREIGN])
 def test_after_a_reset_the_next_updates_equal_a_fresh_base_optimizers_bitwise(name: str, dtype: torch.dtype) -> None:
-    base, hyperparameters = INVENTORY[name]
+    base, hyperparameters = {**INVENTORY, **FOREIGN}[name]
+    every, num_updates = (8, 7) if name in FOREIGN else (4, 3)
     weight = lone_weight(dtype=dtype)
-    optimizer = low_rank(weight, base, schedule=JaggedSchedule(4), lr=0.01, **hyperparameters)
-    for u in range(4):
+    optimizer = low_rank(weight, base, schedule=JaggedSchedule(every), alpha=None, lr=0.01, **hyperparameters)
+    for u in range(every):
         give_gradients(optimizer, weight, u)
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.num_restarts == 1
     twins = [factor.detach().clone().requires_grad_() for factor in optimizer.factors(weight)]
     fresh = base(twins, lr=0.01, **hyperparameters)
-    for u in range(4, 7):
+    for u in range(4, 4 + num_updates):
         give_gradients(optimizer, weight, u)
         for twin, factor in zip(twins, optimizer.factors(weight), strict=True):
             twin.grad = factor.grad.clone()
@@ -181,6 +227,23 @@ def test_after_a_reset_the_next_updates_equal_a_fresh_base_optimizers_bitwise(na
         fresh.step()
         for twin, factor in zip(twins, optimizer.factors(weight), strict=True):
             assert torch.equal(twin, factor), f"update {u}"
+
+
+def test_what_a_base_counts_in_its_group_starts_anew_at_the_switch_and_stays_where_the_state_is_kept() -> None:
+    weight = lone_weight()
+    schedule = JaggedSchedule(4, warm_start=3)
+    optimizer = low_rank(weight, CountsInItsGroup, schedule=schedule, lr=0.01, prune=prune.keep())
+    counts = []
+    for u in range(9):
+        if optimizer.is_low_rank:
+            give_gradients(optimizer, weight, u)
+        else:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append((optimizer.param_groups[0].get("step"), int(optimizer.param_groups[0]["k"])))
+    assert optimizer.num_restarts == 1
+    assert counts == [(1, 1), (2, 2), (None, 0), *((u, u) for u in range(1, 7))]
 
 
 def test_after_keep_the_next_updates_equal_the_unrestarted_optimizers_bitwise() -> None:

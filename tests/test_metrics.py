@@ -363,7 +363,11 @@ def test_the_share_that_the_last_restart_pruned_is_that_of_the_zeros(
 
 @pytest.mark.parametrize(
     ("base", "options", "share"),
-    [(torch.optim.SGD, {}, None), (torch.optim.Adafactor, {}, 1.0), (torch.optim.SGD, {"momentum": 0.9}, 1.0)],
+    [
+        (torch.optim.SGD, {}, None),
+        (torch.optim.Adafactor, {"alpha": 2.0}, 1.0),
+        (torch.optim.SGD, {"momentum": 0.9}, 1.0),
+    ],
 )
 def test_a_base_without_moments_has_no_share_and_one_with_others_is_reset_whole(
     base: Any, options: dict[str, Any], share: float | None
