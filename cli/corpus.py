@@ -326,8 +326,8 @@ def _check_out(out: Path, key: str | None) -> None:
         raise UserError(f"out={str(out)!r} cannot be read: {error.strerror or error}") from error
     if is_used and (key_of(out) is None or key not in (None, key_of(out))):
         raise UserError(
-            f"out={str(out)!r} is in use, and not by these texts, tokenizer and settings: give a folder that is new or "
-            "empty"
+            f"out={str(out)!r} is not empty, and not of these texts, tokenizer and settings: give a folder that is new "
+            "or empty"
         )
 
 

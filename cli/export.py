@@ -36,7 +36,7 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
         dtype: "float32", "bfloat16" or "float16"; None keeps float32.
 
     Raises:
-        UserError: where the run has no checkpoint, `out` is in use, or `dtype` is not known.
+        UserError: where the run has no checkpoint, `out` is not empty, or `dtype` is not known.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
@@ -70,7 +70,7 @@ def _write(
     write_weights: Callable[[Path], object], shape: LlamaConfig, tokenizer: Tokenizer, out: Path, dtype: str
 ) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={str(out)!r} is in use: give a folder that is new or empty")
+        raise UserError(f"out={str(out)!r} is not empty: give a folder that is new or empty")
     place = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(place, ignore_errors=True)

@@ -48,7 +48,8 @@ def describe(config: Config) -> str:
     """Say in a line what a settled configuration makes of this machine."""
     device = find_device(config.device)
     products = f"{config.dtype} products" if config.dtype != "float32" else "float32"
-    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    number = torch.get_num_threads()
+    threads = f"{number} thread{'s' * (number > 1)}, " if device.type == "cpu" else ""
     compiled = "step compiled" if config.compile else "step not compiled"
     return f"{device}: {threads}{products}, {compiled} (--threads, --dtype and --compile say otherwise)"
 

@@ -34,6 +34,8 @@ from .shard import read_state
 
 def config_of(folder: Path) -> Config:
     """Read the settings of a run."""
+    if not folder.exists():
+        raise UserError(f"resume={str(folder)!r} is not there: name the folder of a run")
     if not (folder / CONFIG).is_file():
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {CONFIG} in it")
     options = load_config_file(folder / CONFIG)

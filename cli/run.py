@@ -185,10 +185,11 @@ def check_new(folder: Path) -> None:
         return
     if (folder / CONFIG).is_file() and not checkpoints(folder):
         raise UserError(
-            f"out={str(folder)!r} is in use, by a run that ended before its first checkpoint: remove it, or give a new "
-            "folder"
+            f"out={str(folder)!r} holds a run that ended before its first checkpoint: remove it, or give a new folder"
         )
-    raise UserError(f"out={str(folder)!r} is in use: give a new folder, or go on with --resume {folder}")
+    if (folder / CONFIG).is_file():
+        raise UserError(f"out={str(folder)!r} holds a run: give a new folder, or go on with --resume {folder}")
+    raise UserError(f"out={str(folder)!r} is there and not empty: give a new folder")
 
 
 def on_device(config: Config, processes: World | None) -> World:

@@ -78,9 +78,11 @@ class NamedDataset:
                 return datasets.load_dataset(self.name, self.config, split=self.split, cache_dir=folder)
         except Exception as error:  # offline, unknown, private, in need of a configuration: all alike to the user
             reason = " ".join(str(error).split())
+            nowhere = "" if os.path.isdir(self.name) else "there is no such file or folder, and "
+            configuration = f"configuration {self.config!r}, " if self.config else ""
             raise UserError(
-                f"data={self.name!r}, configuration {self.config!r}, split {self.split!r}, is neither on disk nor a "
-                f"dataset that could be loaded ({reason}): correct the path or NAME:CONFIG:SPLIT, or give files"
+                f"data={self.name!r}: {nowhere}no such dataset ({configuration}split {self.split!r}) could be loaded "
+                f"({reason}): correct the path or NAME:CONFIG:SPLIT, or give files"
             ) from error
 
 

@@ -131,7 +131,7 @@ def check_new(out: Path) -> None:
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be read: {error.strerror or error}") from error
     if is_used:
-        raise UserError(f"out={str(out)!r} is in use: give a folder that is new or empty")
+        raise UserError(f"out={str(out)!r} is not empty: give a folder that is new or empty")
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:

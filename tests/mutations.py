@@ -677,8 +677,8 @@ MUTATIONS = (
     Mutation(
         "step on micro-batches from before a load",
         "step.py",
-        "        if begun:\n",
-        "        if False:\n",
+        "            if self._num_begun:\n",
+        "            if False:\n",
         ("test_laws_step.py", "loaded_in_the_middle"),
     ),
     Mutation(

@@ -389,10 +389,13 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "words for a number": (config_file('lr = "1e-3"\n'), "lr='1e-3' is of the wrong kind: it must be float"),
     "config that is no TOML": (config_file(b"\xff"), "is not TOML"),
     "missing config": (changed(config="nowhere.toml"), "config='nowhere.toml' cannot be read"),
-    "output folder in use": (in_use, "is in use: give a new folder, or go on with --resume"),
-    "output folder a file": (a_file_for_a_folder, "is in use"),
+    "output folder in use": (in_use, "is there and not empty: give a new folder"),
+    "output folder a file": (a_file_for_a_folder, "is there and not empty: give a new folder"),
     "output folder below a file": (below_a_file, "file/run"),
-    "resume of nothing": (lambda desk: ["pretrain", "--resume", desk.path("nowhere")], "is not the folder of a run"),
+    "resume of nothing": (
+        lambda desk: ["pretrain", "--resume", desk.path("nowhere")],
+        "is not there: name the folder of a run",
+    ),
     "resume without checkpoints": (a_run_without_checkpoints, "holds no checkpoint to resume or export"),
     "resume of a later version": (a_run_of_a_later_version, "'novelty' is not an option"),
     # the other commands
@@ -407,7 +410,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     ),
     "tokenizing into a folder in use": (
         lambda desk: ["tokenize", desk.path("texts"), "--out", desk.path("texts")],
-        "is in use, and not by these texts, tokenizer and settings",
+        "is not empty, and not of these texts, tokenizer and settings",
     ),
     "tokenizing with too small a vocabulary": (
         lambda desk: ["tokenize", "--out", desk.path("o"), "--vocab-size", "9"],
@@ -423,7 +426,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     ),
     "training a tokenizer into a folder in use": (
         lambda desk: ["tokenizer", "train", "--out", desk.path("texts")],
-        "is in use: give a folder that is new or empty",
+        "is not empty: give a folder that is new or empty",
     ),
     "generate from nothing": (lambda desk: ["generate", desk.path("nowhere"), "--prompt", "a"], "nowhere"),
     "plot of nothing": (lambda desk: ["plot", desk.path("nowhere")], "nowhere"),

@@ -587,13 +587,13 @@ def test_tokenizing_again_changes_nothing_and_another_corpus_is_not_written_over
     tokenize([source], Settings(vocab_size=300), out)
     before = {file: (file.stat().st_ino, file.read_bytes()) for file in out.iterdir()}
     tokenize([source], Settings(vocab_size=300), out)
-    with pytest.raises(UserError, match=r"out='.*' is in use, and not by these texts, tokenizer and settings: give a"):
+    with pytest.raises(UserError, match=r"out='.*' is not empty, and not of these texts, tokenizer and settings: "):
         tokenize([source], Settings(vocab_size=310), out)
     assert {file: (file.stat().st_ino, file.read_bytes()) for file in out.iterdir()} == before
     assert key_of(out)
     for name in ("mine/notes", "file"):
         write(tmp_path / name, "mine")
-        with pytest.raises(UserError, match="is in use"):
+        with pytest.raises(UserError, match="is not empty"):
             tokenize([source], Settings(vocab_size=300), tmp_path / name.split("/")[0])
     with pytest.raises(UserError, match=r"out='.*' cannot be written, .*/file is in the way: give another folder"):
         tokenize([source], Settings(vocab_size=300), tmp_path / "file" / "a" / "b")
@@ -602,7 +602,7 @@ def test_tokenizing_again_changes_nothing_and_another_corpus_is_not_written_over
         with pytest.raises(UserError, match=r"out='.*' cannot be written, .* may not be written into: give another"):
             tokenize([source], Settings(vocab_size=300), tmp_path / "new")
     monkeypatch.setattr(rooms, "take_census", lambda *_, **__: pytest.fail("read the texts first"))
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match="is not empty"):
         tokenize([source], Settings(vocab_size=300), tmp_path / "mine")
 
 

@@ -90,9 +90,10 @@ def test_settling_twice_changes_nothing_and_the_file_keeps_it() -> None:
 
 
 def test_a_line_says_what_was_picked() -> None:
-    threads = torch.get_num_threads()
-    assert describe(on_cpu(SMALL)).startswith(f"cpu: {threads} threads, bfloat16 products, step not compiled (")
-    assert describe(on_cpu(LARGE, dtype="float32")).startswith(f"cpu: {threads} threads, float32, step compiled (")
+    number = torch.get_num_threads()
+    threads = f"cpu: {number} thread{'s' if number > 1 else ''}, "
+    assert describe(on_cpu(SMALL)).startswith(f"{threads}bfloat16 products, step not compiled (")
+    assert describe(on_cpu(LARGE, dtype="float32")).startswith(f"{threads}float32, step compiled (")
 
 
 def test_no_more_threads_than_cores_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,9 +405,11 @@ def test_a_local_dataset_has_configurations_and_splits_and_its_code_is_not_run(
     assert read(f"{folder}:de:validation") == [f"de validation {i}" for i in range(100)]
     assert read(f"{folder}:en")[:2] == ["en train 0", "en train 1"]
     assert read(f"{folder}:en:train[:2%]") == ["en train 0", "en train 1"]
-    with pytest.raises(UserError, match=r"configuration 'fr', split 'train', is neither on disk nor .*fr.*: correct"):
+    with pytest.raises(
+        UserError, match=r"': no such dataset \(configuration 'fr', split 'train'\) could .*fr.*: correct"
+    ):
         read(f"{folder}:fr")
-    with pytest.raises(UserError, match=r"configuration 'en', split 'test', is neither .*test.*: correct"):
+    with pytest.raises(UserError, match=r"configuration 'en', split 'test'\) could be loaded .*test.*: correct"):
         read(f"{folder}:en:test")
     write(tmp_path / "set" / "set.py", "raise SystemExit('code of a dataset was run')")
     with pytest.raises(UserError, match=r"\(Dataset scripts are no longer supported, but found set\.py\): correct"):
@@ -436,7 +438,7 @@ def test_a_kind_of_file_does_not_stand_for_whatever_lies_in_the_folder(
     write(tmp_path / "a.txt", "A")
     with pytest.raises(
         UserError,
-        match=rf"^data='{name}', .*\(that names a kind of file; a folder of that name is \./{name}\): correct the",
+        match=rf"^data='{name}': there is no .*a folder of that name is \./{name}\): correct the path",
     ):
         read(name)
 
@@ -447,7 +449,8 @@ def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        UserError, match=r"data='me/set', .* is neither on disk nor .* \(no route to the hub\): correct"
+        UserError,
+        match=r"data='me/set': there is no such file or folder, and .* \(no route to the hub\): correct",
     ):
         read("me/set")
 

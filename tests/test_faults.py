@@ -207,7 +207,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_so(tmp_path: Path, mo
     monkeypatch.setattr(train, "save", kill)
     with pytest.raises(Killed):
         run_tiny(tmp_path)
-    with pytest.raises(UserError, match="is in use, by a run that ended before its first checkpoint: remove it, or"):
+    with pytest.raises(UserError, match="holds a run that ended before its first checkpoint: remove it, or"):
         run_tiny(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint to resume"):
         resume_run(tmp_path / "run")
@@ -265,6 +265,6 @@ def test_a_run_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> No
     given = options(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").write_text("mine")
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match="is there and not empty"):
         run_tiny(tmp_path)
     assert [path.name for path in Path(given["out"]).iterdir()] == ["notes"]
