@@ -200,7 +200,7 @@ def test_export_of_a_run_writes_the_newest_weights_in_the_dtype_that_was_asked_f
     for name, tensor in exported.items():
         assert tensor.dtype == getattr(torch, dtype)
         assert torch.equal(tensor, kept[name].to(tensor.dtype))
-    with pytest.raises(UserError, match="in use"):
+    with pytest.raises(UserError, match="is not empty"):
         export_run(run, folder)
 
 

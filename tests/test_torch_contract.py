@@ -60,6 +60,8 @@ def gradients(model: nn.Module, u: int) -> None:
 
 def wrapped(case: Case, model: nn.Module, **changes: Any) -> ReLoRAOptimizer:
     settings: dict[str, Any] = {"rank": 2, "targets": ["first", "second"], "schedule": SCHEDULE}
+    if case.optimizer is torch.optim.Adafactor:  # which no scale matches
+        settings["alpha"] = None
     options = {key: value for key, value in case.options.items() if key != "alpha"}
     return ReLoRAOptimizer(model, case.optimizer, **{**settings, **changes}, **options)
 
