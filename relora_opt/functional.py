@@ -47,6 +47,7 @@ class FunctionalModel(nn.Module):
         self._models = (model,)  # in a tuple, so not a submodule: its parameters are not all trained
         self._places: list[Place] = []
         self._held: list[Held] = []
+        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # (W, A, B) of the places
         self._structure: list[Any] = []
         self._is_swapped = False
         self._synchronised: ReferenceType[DistributedDataParallel] | None = None
@@ -100,7 +101,7 @@ class FunctionalModel(nn.Module):
         self.restore()
         model, keys = self._models[0], dict[int, str]()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._places, self._held, self._structure = [], [], structure(model)
+        self._places, self._held, self._factors, self._structure = [], [], [], structure(model)
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         traced = traced_paths(model)
         for module_path, module in model.named_modules():
@@ -114,7 +115,8 @@ class FunctionalModel(nn.Module):
                 if not (optimizer.is_low_rank and group["rank"] and W.requires_grad):
                     self.rest[key] = W
                     continue
-                self.A[key], self.B[key] = optimizer.factors(W)
+                self.A[key], self.B[key] = A, B = optimizer.factors(W)
+                self._factors.append((W, A, B))
                 traced_path = f"{traced[module_path]}.{name}".lstrip(".")
                 self._places.append(Place(module, name, path, W, key, repr(optimizer.scale(W)), traced_path))
         self._buffers.clear()
@@ -129,7 +131,7 @@ class FunctionalModel(nn.Module):
         """
         check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
-        is_same &= all(self._optimizer._holds(p.W, self.A[p.key], self.B[p.key]) for p in self._places)
+        is_same &= all(self._optimizer._holds(*factors) for factors in self._factors)
         if not is_same or structure(self._models[0]) != self._structure:
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)

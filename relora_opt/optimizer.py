@@ -756,7 +756,8 @@ class ReLoRAOptimizer(Optimizer):
 
     def _known_entry(self, W: Tensor) -> Entry | None:
         """Return a weight's low-rank state or its draft, if any; who looks into `state`, a defaultdict, fills it."""
-        return next((entry for entry in (self.state.get(W), self._drafts.get(W)) if is_low_rank(entry)), None)
+        entry = self.state.get(W)
+        return entry if is_low_rank(entry) else self._drafts.get(W)
 
     def _make_entries(self) -> None:
         """Give every low-rank weight its state, where the phase has it."""

@@ -334,7 +334,7 @@ MUTATIONS = (
     Mutation(
         "train factors that are no longer the optimizer's",
         "functional.py",
-        "        is_same &= all(self._optimizer._holds(p.W, self.A[p.key], self.B[p.key]) for p in self._places)\n",
+        "        is_same &= all(self._optimizer._holds(*factors) for factors in self._factors)\n",
         "",
         ("test_meddling.py", "looked_into_or_cleared and step and clear"),
     ),
