@@ -105,9 +105,35 @@ def tune_eighth() -> list[Spec]:
         *_grid("rank 16, A's rate x 3", "variant", {**variant, "a_rate": 3.0}, (2e-3, 1e-3)),
         *_grid("rank 16, balanced rates", "variant", {**variant, "balanced": True}, (2e-3,)),
         *_grid("rank 16, preconditioned", "variant", {**variant, "precondition": True}, (2e-3, 4e-3, 1e-3)),
+        *_grid("rank 16, whitened", "variant", {**variant, "whiten": True}, (2e-3,)),
+        *_grid("rank 16, Muon, whitened", "variant", {**variant, "whiten": True, "base": "muon"}, (4e-3, 2.8e-3, 8e-3)),
         *_grid("LoRA, matched scale, rank 16", "relora", adam, (2e-3, 2.8e-3), (16e-3,)),
         *_grid("LoRA, matched scale, Muon, rank 16", "relora", muon, (5.6e-3, 2.8e-3)),
     ]
+
+
+def ranks() -> list[Spec]:
+    """Rank 16 on average, dealt out unevenly at the same number of trained numbers: do some layers want more of it?"""
+    dealt = (
+        _dealt(q_k=8, v_o=18, mlp=18),
+        _dealt(q_k=8, v_o=8, mlp=21),
+        _dealt(q_k=24, v_o=24, mlp=10),
+        _dealt(q_k=8, v_o=32, mlp=13),
+        _dealt(q_k=4, v_o=20, mlp=18),
+        _dealt(q_k=4, v_o=28, mlp=16),
+    )
+    trials = [(of_layers, TUNING_SEED) for of_layers in dealt] + [(dealt[0], seed) for seed in SEEDS]
+    trials += [({"q_proj": 16}, seed) for seed in SEEDS]  # evenly, by the same code
+    settings: dict[str, Any] = {"lr": 2e-3, "rest_lr": 8e-3, **MATCHED, "rank": 16}
+    return [
+        Spec("rank 16, dealt out unevenly", "relora", {**settings, "ranks": some}, "w128", "sotu", STEPS, seed)
+        for some, seed in trials
+    ]
+
+
+def _dealt(*, q_k: int, v_o: int, mlp: int) -> dict[str, int]:
+    of_attention = {"q_proj": q_k, "k_proj": q_k, "v_proj": v_o, "o_proj": v_o}
+    return {**of_attention, "gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}
 
 
 def balance() -> list[Spec]:

@@ -206,8 +206,12 @@ class ReLoRA(Trainer):
         dtype = settings.pop("dtype", torch.bfloat16)
         matrices = [(name, p) for name, p in model.named_parameters() if is_matrix(name)]
         rest = [(name, p) for name, p in model.named_parameters() if not is_matrix(name)]
-        low_rank = {"rank": settings.pop("rank"), "lr": lr, "is_matrices": True}
-        groups = [{"params": matrices, **low_rank}, {"params": rest, "lr": rest_lr, "rank": 0, "is_matrices": False}]
+        rank, ranks = settings.pop("rank"), settings.pop("ranks", {})  # `ranks`: of some matrices, by the layer's name
+        by_rank: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, p in matrices:
+            by_rank.setdefault(ranks.get(name.split(".")[-2], rank), []).append((name, p))
+        groups = [{"params": some, "rank": r, "lr": lr, "is_matrices": True} for r, some in by_rank.items()]
+        groups.append({"params": rest, "lr": rest_lr, "rank": 0, "is_matrices": False})
         super().__init__(model, {"dtype": dtype, "compile": is_compiled, "accumulate": accumulate})
         self.optimizer: ReLoRAOptimizer = ReLoRAOptimizer(
             groups,

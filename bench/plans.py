@@ -15,6 +15,7 @@ PLANS: dict[str, Plan] = {
     "tune-muon": grids.tune_muon,
     "tune-rivals": grids.tune_rivals,
     "tune-eighth": grids.tune_eighth,
+    "ranks": grids.ranks,
     "balance": grids.balance,
     "variants": restarts.variants,
     "cycles": restarts.cycles,

@@ -22,6 +22,8 @@ few lines. Settings beside lr, rest_lr, rank and the clock:
     leak        after every update B shrinks by this share (times the schedule's multiplier) while W stays
     precondition  B's gradient is taken in the metric of A, (A A^T)^-1 on its right, and A's in that of B (Zhang and
                 Pilanci, "Riemannian Preconditioned LoRA", arXiv 2402.02347), before Adam
+    whiten      the same by square roots, around the base: A moves by S f(S dA), S = (1 + B^T B)^(-1/2), and B by
+                f(dB S) S, S = (A A^T)^(-1/2); Muon's then makes all directions of what it adds to W equal
     decay       decay of W itself, at the matrices' rate
     base        adam, or muon for the factors and the weights before the switch
 """
@@ -166,11 +168,23 @@ class Weight:
         if self.settings.get("balanced"):
             a_rate *= min(1.0, math.sqrt(len(self.B)) / (self.scale * float(self.B.norm()) + EPS))
             b_rate = math.sqrt(len(self.A)) / float(self.A.norm())
-        A = self.A - lr * a_rate * self.of_a.update(gradients[0])
-        B = self.B - lr * b_rate * self.of_b.update(gradients[1])
+        if self.settings.get("whiten"):
+            one = torch.eye(len(self.A), device=self.A.device)
+            of_a, of_b = _inverse_root(one + self.B.T @ self.B), _inverse_root(self.A @ self.A.T)
+            A = self.A - lr * a_rate * of_a @ self.of_a.update(of_a @ gradients[0])
+            B = self.B - lr * b_rate * self.of_b.update(gradients[1] @ of_b) @ of_b
+        else:
+            A = self.A - lr * a_rate * self.of_a.update(gradients[0])
+            B = self.B - lr * b_rate * self.of_b.update(gradients[1])
         self.W.mul_(1 - lr * self.settings.get("decay", 0.0)).add_(B @ A - self.B @ self.A, alpha=self.scale)
         # What B forgets stays in W: a restart spread over all updates.
         self.A, self.B = A, B * (1 - self.settings.get("leak", 0.0) * lr / self.settings["lr"])
+
+
+def _inverse_root(metric: Tensor) -> Tensor:
+    """Return the inverse square root of a symmetric positive matrix."""
+    values, vectors = torch.linalg.eigh(metric)
+    return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
 
 
 def _damped(metric: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ def test_full_rank_is_adamw_with_two_rates() -> None:
         {"leak": 0.1},
         {"b_init": "orthogonal"},
         {"base": "muon", "balanced": True},
+        {"whiten": True},
+        {"base": "muon", "whiten": True},
     ],
     ids=str,
 )
@@ -112,6 +114,17 @@ def test_every_variant_learns_and_is_like_no_other(settings: dict[str, Any]) -> 
     assert float(varied.evaluate(tokens(0))) < first - 0.3
     weights = zip(plain.model.parameters(), varied.model.parameters(), strict=True)
     assert not all(torch.equal(p, q) for p, q in weights)
+
+
+@pytest.mark.usefixtures("eager")
+def test_ranks_may_differ_by_layer() -> None:
+    settings = {"lr": 5e-3, "rest_lr": 5e-3, "rank": 4, "ranks": {"q_proj": 2, "down_proj": 6}}
+    trainer = ReLoRA(llama(), settings, 30, 0)
+    trainer.step(tokens(0))
+    wanted = {"q_proj": 2, "down_proj": 6}
+    for name, p in trainer.model.named_parameters():
+        if is_matrix(name):
+            assert len(trainer.optimizer.factors(p)[0]) == wanted.get(name.split(".")[-2], 4), name
 
 
 @pytest.mark.parametrize("name", PLANS)
