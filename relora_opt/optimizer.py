@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -117,6 +117,7 @@ class ReLoRAOptimizer(Optimizer):
     grad_norm: Tensor | None  # of the last update before clipping, where max_grad_norm is set
     measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
     _last_lr: list[Any]  # numbers, or tensors on a device, which nobody waits for
+    _begun: ReferenceType[Step] | None  # the step that is in the middle of an update
     _drafts: dict[Tensor, Entry]
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
@@ -349,7 +350,7 @@ class ReLoRAOptimizer(Optimizer):
         for W, *_ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
         self._moved, self._pruned, self._last_lr, self.grad_norm = None, {}, [], None
-        self._is_template = self.num_updates == 0
+        self._is_template, self._begun = self.num_updates == 0, None
         self._num_loads += 1
         self._changed()
 
@@ -590,6 +591,7 @@ class ReLoRAOptimizer(Optimizer):
         self._functionals: WeakSet[FunctionalModel] = WeakSet()
         self._last_lr = []
         self._moved, self._pruned = None, {}
+        self._begun = None
         self.grad_norm = None
         self._num_loads = 0
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,11 @@ class Step:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux).
 
         Where it fails, in memory say, the update is to be made anew: gradients of its micro-batches are dropped.
+
+        Raises:
+            RuntimeError: in the middle of an update that another step of this optimizer has begun.
         """
+        self._check_turn()
         if self._num_loads != self.optimizer._num_loads:
             self._num_loads = self.optimizer._num_loads
             if self._num_begun:
@@ -122,6 +127,7 @@ class Step:
         if self.guard is not None:
             self._losses.append(loss)
         self.num_micro_batches += 1
+        self.optimizer._begun = ref(self) if self._num_begun else None
         if not self._num_begun:
             self._update()
         return (loss, aux) if self.has_aux else loss
@@ -138,6 +144,19 @@ class Step:
         self._losses.clear()
         self.optimizer.zero_grad()
 
+    def _check_turn(self) -> None:
+        """Refuse to step on the gradients of another step's update; forget those of a step that is no more."""
+        begun = self.optimizer._begun
+        other = None if begun is None else begun()
+        if other is not None and other is not self and other._num_begun:
+            raise RuntimeError(
+                f"another step of this optimizer has taken {other._num_begun} of the {other.accumulate} micro-batches "
+                "of an update, whose gradients this one would step on: call that one until its update is made"
+            )
+        if begun is not None and other is None:
+            self.optimizer._begun = None
+            self.optimizer.zero_grad()
+
     @property
     def _num_begun(self) -> int:
         """The micro-batches of an update that is not made yet."""
@@ -146,6 +165,7 @@ class Step:
     def _begin_anew(self) -> None:
         """Forget the micro-batches of an update in the middle of which a state was loaded, or one has failed."""
         self.num_micro_batches -= self._num_begun
+        self.optimizer._begun = None
         self._losses.clear()
         self.optimizer.zero_grad()
 

@@ -217,6 +217,33 @@ def test_a_batch_that_failed_leaves_nothing_in_the_next_update(accumulate: int, 
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
+def test_two_steps_of_one_optimizer_take_turns_between_updates_alone() -> None:
+    model = mlp()
+    optimizer = relora(model)
+    first, second = (optimizer.make_step(model, mse, compile=False, accumulate=2) for _ in range(2))
+    for step in (first, second, first):
+        step(*batch(0))
+        step(*batch(1))
+    first(*batch(2))
+    gradients = [p.grad.clone() for p in optimizer.factors(model.first.weight)]
+    with pytest.raises(RuntimeError, match=r"another step of this optimizer has taken 1 of the 2 micro-batches"):
+        second(*batch(3))
+    for gradient, factor in zip(gradients, optimizer.factors(model.first.weight), strict=True):
+        assert torch.equal(gradient, factor.grad)
+    first(*batch(3))
+    assert optimizer.num_updates == 4
+    before = copy.deepcopy((model, optimizer))
+    first(*batch(4))
+    del first, step  # who drops a step drops the update that it has begun
+    twin, copied = before
+    for made in (second, copied.make_step(twin, mse, compile=False, accumulate=2)):
+        made(*batch(5))
+        made(*batch(6))
+    assert optimizer.num_updates == copied.num_updates == 5
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_hook_that_waits_for_a_dense_gradient_is_refused_whichever_way_it_was_registered() -> None:
     model = mlp()
     optimizer = relora(model)
