@@ -133,6 +133,14 @@ class Step:
         return (loss, aux) if self.has_aux else loss
 
     def _update(self) -> None:
+        """Make the update; its gradients are used up, also where it fails."""
+        try:
+            self._step()
+        finally:
+            self._losses.clear()
+            self.optimizer.zero_grad()
+
+    def _step(self) -> None:
         _check_process_group(self.process_group)
         if self.process_group is not None:
             self._functional.project_dense()  # a penalty's, say: averages are of what is trained
@@ -141,8 +149,6 @@ class Step:
             self.optimizer.step()
         else:
             self.guard.step(self.optimizer, self._mean_loss())
-        self._losses.clear()
-        self.optimizer.zero_grad()
 
     def _check_turn(self) -> None:
         """Refuse to step on the gradients of another step's update; forget those of a step that is no more."""

@@ -217,6 +217,33 @@ def test_a_batch_that_failed_leaves_nothing_in_the_next_update(accumulate: int, 
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
+class FailsOnce(torch.optim.SGD):
+    is_on = False
+
+    def step(self, closure: Any = None) -> None:
+        if FailsOnce.is_on:
+            raise torch.OutOfMemoryError("no memory")
+        super().step()
+
+
+@pytest.mark.parametrize("guard", [None, Guard()])
+def test_an_update_that_failed_leaves_nothing_in_the_next_one(guard: Guard | None) -> None:
+    runs = []
+    for fails in (True, False):
+        model = Failing()
+        optimizer = ReLoRAOptimizer(model, FailsOnce, rank=2, lr=0.1, targets=["first"])
+        step = optimizer.make_step(model, mse, compile=False, guard=guard)
+        for u in range(4):
+            FailsOnce.is_on = fails and u == 1
+            if FailsOnce.is_on:
+                with pytest.raises(torch.OutOfMemoryError):
+                    step(*batch(8))
+                FailsOnce.is_on = False
+            step(*batch(u))
+        runs.append((optimizer.num_updates, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
 def test_two_steps_of_one_optimizer_take_turns_between_updates_alone() -> None:
     model = mlp()
     optimizer = relora(model)
