@@ -110,20 +110,11 @@ class Step:
             self._num_loads = self.optimizer._num_loads
             if self._num_begun:
                 self._begin_anew()
-        if self._is_compiled:
-            self._functional.follow()
-        without = self._without_gradient() if self._is_replayed else []
         try:
-            with torch.enable_grad():
-                loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
+            loss, aux = self._micro_batch(*batch, **kwargs)
         except BaseException:
             self._begin_anew()
             raise
-        loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
-        if self._is_replayed:
-            _check_aux(aux)
-            loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
-            self._keep_gradients(without)
         if self.guard is not None:
             self._losses.append(loss)
         self.num_micro_batches += 1
@@ -131,6 +122,20 @@ class Step:
         if not self._num_begun:
             self._update()
         return (loss, aux) if self.has_aux else loss
+
+    def _micro_batch(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Add the gradients of a micro-batch; return its detached loss, and what else there is."""
+        if self._is_compiled:
+            self._functional.follow()
+        without = self._without_gradient() if self._is_replayed else []
+        with torch.enable_grad():
+            loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
+        loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
+        if self._is_replayed:
+            _check_aux(aux)
+            loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
+            self._keep_gradients(without)
+        return loss, aux
 
     def _update(self) -> None:
         """Make the update; its gradients are used up, also where it fails."""
