@@ -10,14 +10,15 @@ and a restart re-draws A, zeroes B and prunes their state; it does not touch W. 
 effective weight at every moment: evaluation, `state_dict()` and export need no merging.
 
 Source: Lialin et al. 2023, arXiv 2307.05695, Algorithm 1. This file sequences; the mathematics is in factors.py,
-weight.py, schedule.py and prune.py, the layout of the state in state.py, the base optimizer in inner.py, its
-matched scale in matched.py, what a restart does to its state in restart.py, what is loaded in loading.py.
+weight.py, schedule.py and prune.py, the weights that have factors in factored.py, the layout of their state in
+state.py, the base optimizer in inner.py, its matched scale in matched.py, what a restart does to its state in
+restart.py, what is loaded in loading.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet
 
@@ -28,19 +29,10 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
-from .factors import INITS, draw_a, draw_generator, matrix_shape, movements, product, product_norm
-from .groups import (
-    MATCHED,
-    LowRank,
-    Params,
-    ResolvedGroup,
-    Selected,
-    check_foreign_names,
-    resolve_added_group,
-    resolve_groups,
-)
+from .factored import FactoredOptimizer
+from .factors import INITS, movements, product_norm
+from .groups import LowRank, Params, ResolvedGroup, Selected, check_foreign_names, resolve_added_group, resolve_groups
 from .loading import check_clock, check_layouts, check_loadable, check_names, loaded, with_empty_states
-from .matched import matched_scale, trial_shape
 from .restart import check_prunable, prune_states_, reset_counters_
 from .schedule import JaggedSchedule
 from .select import Targets
@@ -49,17 +41,12 @@ from .state import (
     FORMAT,
     NAMES,
     Before,
-    Entry,
     LowRankState,
-    add_master_,
-    check_fits,
     detached,
-    exact_weight,
     factors_of,
     is_low_rank,
     move_weights_,
     new_clock,
-    new_entry,
     redraw_,
 )
 
@@ -72,7 +59,7 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 
-class ReLoRAOptimizer(Optimizer):
+class ReLoRAOptimizer(FactoredOptimizer):
     """Train the chosen weights of any model by a sequence of low-rank updates, and everything else densely.
 
     Args:
@@ -118,7 +105,6 @@ class ReLoRAOptimizer(Optimizer):
     measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
     _last_lr: list[Any]  # numbers, or tensors on a device, which nobody waits for
     _begun: ReferenceType[Step] | None  # the step that is in the middle of an update
-    _drafts: dict[Tensor, Entry]
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
     _fresh: Collection[str] | None = None  # what set_clock said
@@ -143,22 +129,10 @@ class ReLoRAOptimizer(Optimizer):
         **options: Any,
     ) -> None:
         check_foreign_names(options)
-        if init not in INITS:
-            raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
-        is_norm = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool) and max_grad_norm > 0
-        if not (max_grad_norm is None or is_norm):
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a positive number: None leaves gradients alone")
-        if not isinstance(release_grads, bool):
-            raise TypeError(f"release_grads={release_grads!r} must be True or False")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed={seed!r} must be a whole number: every draw is keyed by it")
         self.schedule = JaggedSchedule(1000, restart_warmup=50) if schedule is None else schedule
         self.init, self.max_grad_norm, self.release_grads, self.seed = init, max_grad_norm, release_grads, seed
         self.prune = pruning.reset() if prune is None else prune
-        if not isinstance(self.schedule, JaggedSchedule):
-            raise TypeError(f"schedule={schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say")
-        if not isinstance(self.prune, pruning.STRATEGIES):
-            raise TypeError(f"prune={prune!r} must be a strategy: prune.reset(), say")
+        self._check_settings()
         self._base = inner.Base(base, options)
         self._low_rank = LowRank(rank, alpha, factor_lr, targets, base_with_alpha=self._base.with_own_alpha)
         resolved = resolve_groups(params, self._low_rank)
@@ -196,13 +170,7 @@ class ReLoRAOptimizer(Optimizer):
             RuntimeError: for factor gradients of the functional path under a GradScaler, and inside the capture of a
                 CUDA graph.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() inside the capture of a CUDA graph: updates and restarts are counted in Python, which a replay "
-                "does not run; capture forward and backward alone"
-            )
-        if closure is not None and not callable(closure):
-            raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
+        _check_step(closure)
         self._restore_models()
         self._check_groups()
         loss = None
@@ -219,34 +187,7 @@ class ReLoRAOptimizer(Optimizer):
             self._is_template = False
         self._make_entries()
         self._attach(takes_over=False)
-        base = self._inner.current(self.param_groups, self.state)
-        if counts:
-            self._point()
-        weights = list(self._low_rank_weights())
-        with gradients.projected(weights):
-            if counts:
-                self._sketch()
-            if self.max_grad_norm is not None and counts:
-                parameters = [p for group in base.param_groups for p in group["params"]]
-                self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
-            rates = self._rates()
-            self._inner.set_rates(self.param_groups, rates)
-            self._last_lr = rates if counts else self._last_lr
-            before = Before(weights if counts else [])
-            try:
-                result = inner.step(base, closure if self._passes_closure else None)
-            finally:  # W goes with its factors, also where the base has failed after it moved some
-                moving, factors = before.moved()
-                move_weights_(moving, factors)
-            if counts:
-                self._moved = self._measured(moving, factors)
-        self._inner.adopt(self.param_groups, self.state)
-        if counts:
-            self._tick()
-        else:
-            self._is_template = True
-            fresh = self.selected if self._fresh is None else self._fresh
-            phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in fresh))
+        result = (self._update if counts else self._make_template)(closure if self._passes_closure else None)
         return result if self._passes_closure else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -368,34 +309,9 @@ class ReLoRAOptimizer(Optimizer):
     # What is ReLoRA's own
 
     @property
-    def num_updates(self) -> int:
-        """How many updates were applied; skipped ones do not count."""
-        return int(self.param_groups[0]["num_updates"])
-
-    @property
-    def num_restarts(self) -> int:
-        """How many restarts there were; the switch from full rank to low rank is not one."""
-        return int(self.param_groups[0]["num_restarts"])
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the next update is low-rank: something is selected and the warm start is over."""
-        return self.num_updates >= self.schedule.warm_start and any(group["rank"] for group in self.param_groups)
-
-    @property
     def lr_multiplier(self) -> float:
         """The schedule's multiplier for the coming update."""
         return self.schedule(self.num_updates + 1, int(self.param_groups[0]["last_restart"]))
-
-    @property
-    def selected(self) -> list[str]:
-        """The names of the low-rank weights, in the order of the groups."""
-        return [
-            slot.name
-            for group, slots in zip(self.param_groups, self._slots, strict=True)
-            if group["rank"]
-            for slot in slots
-        ]
 
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""
@@ -428,40 +344,6 @@ class ReLoRAOptimizer(Optimizer):
         for W, slot, _, _ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
-
-    def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the live factors (A, B) of a low-rank weight: (r, n) and (m, r), or batches of them.
-
-        While A is being pointed (init "gradient", at the start of a cycle) they hold what the sketches are made with.
-
-        Raises:
-            KeyError: where the parameter is not low-rank. ValueError: before the switch.
-        """
-        selected = self._find(parameter)
-        if not self.is_low_rank:
-            raise ValueError(
-                f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
-            )
-        entry = self._entry(selected)
-        return entry["A"], entry["B"]
-
-    def scale(self, parameter: Tensor) -> float:
-        """Return the scale s of a low-rank weight.
-
-        Raises:
-            KeyError: where the parameter is not low-rank.
-        """
-        return self._scale(self._find(parameter))
-
-    @torch.no_grad()
-    def frozen_weight(self, parameter: Tensor) -> Tensor:
-        """Return W - s B A in W's shape and dtype: what module-style LoRA calls the frozen weight."""
-        A, B = self.factors(parameter)
-        selected = self._find(parameter)
-        if selected.group["pointing"]:
-            return parameter.detach().clone()
-        W = exact_weight(parameter, self.state.get(parameter))
-        return (W - product(A, B, self._scale(selected)).view(W.shape)).to(parameter.dtype)
 
     @property
     def clock(self) -> dict[str, Any]:
@@ -501,10 +383,6 @@ class ReLoRAOptimizer(Optimizer):
         self._fresh = fresh
         self._drafts.clear()
         self._changed()
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield the model's parameters in all groups."""
-        return (p for group in self.param_groups for p in group["params"])
 
     def has_finite_gradients(self) -> bool:
         """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
@@ -584,6 +462,24 @@ class ReLoRAOptimizer(Optimizer):
 
     # Privates
 
+    def _check_settings(self) -> None:
+        init, norm, seed = self.init, self.max_grad_norm, self.seed
+        if init not in INITS:
+            raise ValueError(f"init={init!r} is not known: choose one of {', '.join(INITS)}")
+        is_norm = isinstance(norm, (int, float)) and not isinstance(norm, bool) and norm > 0
+        if not (norm is None or is_norm):
+            raise ValueError(f"max_grad_norm={norm!r} must be a positive number: None leaves gradients alone")
+        if not isinstance(self.release_grads, bool):
+            raise TypeError(f"release_grads={self.release_grads!r} must be True or False")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r} must be a whole number: every draw is keyed by it")
+        if not isinstance(self.schedule, JaggedSchedule):
+            raise TypeError(
+                f"schedule={self.schedule!r} must be a JaggedSchedule: JaggedSchedule(1000, outer=...), say"
+            )
+        if not isinstance(self.prune, pruning.STRATEGIES):
+            raise TypeError(f"prune={self.prune!r} must be a strategy: prune.reset(), say")
+
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""
         self._inner = inner.Inner(self._base)
@@ -594,6 +490,41 @@ class ReLoRAOptimizer(Optimizer):
         self._begun = None
         self.grad_norm = None
         self._num_loads = 0
+
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        """Make one update, and what is due before and after it; return what the base returns."""
+        base = self._inner.current(self.param_groups, self.state)
+        pointing.point_groups_(self._pointing())
+        weights = list(self._low_rank_weights())
+        with gradients.projected(weights):
+            pointing.sketch_groups_(self._pointing())
+            if self.max_grad_norm is not None:
+                parameters = [p for group in base.param_groups for p in group["params"]]
+                self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
+            self._last_lr = self._rates()
+            self._inner.set_rates(self.param_groups, self._last_lr)
+            before = Before(weights)
+            try:
+                result = inner.step(base, closure)
+            finally:  # W goes with its factors, also where the base has failed after it moved some
+                moving, factors = before.moved()
+                move_weights_(moving, factors)
+            self._moved = self._measured(moving, factors)
+        self._inner.adopt(self.param_groups, self.state)
+        self._tick()
+        return result
+
+    def _make_template(self, closure: Callable[[], Any] | None) -> Any:
+        """Make the phantom step: the base makes its state, and nothing else changes."""
+        base = self._inner.current(self.param_groups, self.state)
+        with gradients.projected(list(self._low_rank_weights())):
+            self._inner.set_rates(self.param_groups, self._rates())
+            result = inner.step(base, closure)
+        self._inner.adopt(self.param_groups, self.state)
+        self._is_template = True
+        fresh = self.selected if self._fresh is None else self._fresh
+        phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in fresh))
+        return result
 
     def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
         """Return the base over parameters like those that it will see, for the options that it fills in."""
@@ -614,30 +545,6 @@ class ReLoRAOptimizer(Optimizer):
             if not selected.W.is_meta:
                 self._scale(selected)
 
-    def _fix_scales(self) -> None:
-        self._scales = [group["scale"] for group in self.param_groups]
-
-    def _check_groups(self) -> None:
-        """Refuse groups whose ranks, scales or numbers of parameters somebody has changed, to no or to a wrong effect.
-
-        Raises:
-            ValueError: names the group, both values and the remedy.
-        """
-        if len(self.param_groups) != len(self._slots):
-            raise ValueError(
-                f"param_groups holds {len(self.param_groups)} groups now, and was made of {len(self._slots)}: add one "
-                "by add_param_group, freeze what is not to be trained, or construct a new optimizer"
-            )
-        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
-            given = {"rank": self._options[number]["rank"], "scale": self._scales[number], "params": len(slots)}
-            for name, value in given.items():
-                now = len(group["params"]) if name == "params" else group[name]
-                if now != value:
-                    raise ValueError(
-                        f"param_groups[{number}] has {name} {now} now, and was made with {value}: that is fixed; "
-                        "freeze what is not to be trained, or construct a new optimizer"
-                    )
-
     def _changed(self) -> None:
         """What is trained has changed: build the base optimizer anew, and tell the functional models."""
         self._inner = inner.Inner(self._base)
@@ -652,46 +559,14 @@ class ReLoRAOptimizer(Optimizer):
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
 
-    def _selected(self, groups: Iterable[Group] | None = None) -> Iterator[Selected]:
-        """Yield the low-rank weights of all groups, or of these."""
-        wanted = {id(group) for group in (self.param_groups if groups is None else groups)}
-        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
-            if group["rank"] and id(group) in wanted:
-                yield from (Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
-
-    def _find(self, parameter: Tensor) -> Selected:
-        for selected in self._selected():
-            if selected.W is parameter:
-                return selected
-        what = f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
-        raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
-
-    def _scale(self, selected: Selected) -> float:
-        """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
-        W, slot, group, number = selected
-        if group["scale"] != MATCHED:
-            return float(group["scale"])
-        m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
-        if (number, m, n) not in self._matched:
-            like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
-            *shape, rank = trial_shape(m, n, group["rank"])
-            A = draw_a(tuple(shape), rank, init=self.init, generator=draw_generator(0, "", 0), like=like)
-            self._matched[number, m, n] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
-        return self._matched[number, m, n]
-
-    def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
-        """Yield the selected weights, of all groups or of these, that have factors."""
-        for selected in self._selected(groups):
-            entry = self.state.get(selected.W)
-            if is_low_rank(entry):
-                yield LowRankState(selected.W, entry, self._scale(selected))
-
     def _num_sketches(self, group: Group) -> int:
         """Return how many sketches point the A's of a group at the start of a cycle."""
         return pointing.NUM_SKETCHES if self.init == "gradient" and group["rank"] else 0
 
-    def _pointing(self) -> list[Group]:
-        return [group for group in self.param_groups if group["pointing"] and self.is_low_rank]
+    def _pointing(self) -> list[tuple[Group, list[LowRankState]]]:
+        """Return the groups whose A's are still to be pointed, with their weights."""
+        groups = self.param_groups if self.is_low_rank else []
+        return [(group, list(self._low_rank_weights([group]))) for group in groups if group["pointing"]]
 
     def _check_sketches(self, where: str) -> None:
         if self.init == "gradient" and 0 < self.schedule.restart_every <= pointing.NUM_SKETCHES:
@@ -718,67 +593,12 @@ class ReLoRAOptimizer(Optimizer):
         selected = Selected(group["params"][place], self._slots[number][place], group, number)
         return LowRankState(selected.W, self._entry(selected), self._scale(selected))
 
-    def _point(self) -> None:
-        """Point the A's that are to be pointed, in the groups to which dense gradients and no others have come."""
-        for group in self._pointing():
-            weights = list(self._low_rank_weights([group]))
-            if any(release.is_dense(w.W.grad) for w in weights) and not any(w.has_gradient for w in weights):
-                pointing.point_(weights)
-                group["pointing"] = 0
-
     def _measured(self, weights: Sequence[LowRankState], before: list[Tensor]) -> dict[Tensor, Tensor] | None:
         """Return how far the update has moved the weights, whose factors were `before`; None where nobody asks."""
         if not (self.measures_updates and self.is_low_rank):
             return None
         moved = zip(weights, movements(factors_of(weights), before), strict=True)
         return {weight.W: product_norm(right, left, weight.scale) for weight, (left, right) in moved}
-
-    def _sketch(self) -> None:
-        """Take the factors' gradients for sketches, in the groups whose A's are still to be pointed."""
-        for group in self._pointing():
-            weights = list(self._low_rank_weights([group]))
-            if any(weight.has_gradient for weight in weights):
-                group["pointing"] -= 1
-                pointing.sketch_(weights, is_last=group["pointing"] == 0)
-
-    def _entry(self, selected: Selected) -> Entry:
-        """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
-        W, slot, group, _ = selected
-        entry = self._known_entry(W)
-        if entry is None:
-            with torch.inference_mode(False):  # where somebody looks at them first, to train them later
-                entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
-            self._drafts[W] = entry
-        return entry
-
-    def _holds(self, parameter: Tensor, A: Tensor, B: Tensor) -> bool:
-        """Say whether these are the live factors of a weight, and not those of a state that was cleared since."""
-        entry = self._known_entry(parameter)
-        return entry is not None and entry["A"] is A and entry["B"] is B
-
-    def _known_entry(self, W: Tensor) -> Entry | None:
-        """Return a weight's low-rank state or its draft, if any; who looks into `state`, a defaultdict, fills it."""
-        entry = self.state.get(W)
-        return entry if is_low_rank(entry) else self._drafts.get(W)
-
-    def _make_entries(self) -> None:
-        """Give every low-rank weight its state, where the phase has it."""
-        if not self.is_low_rank:
-            return
-        is_news = False
-        for selected in self._selected():
-            is_news |= not is_low_rank(self.state.get(selected.W)) and selected.W not in self._drafts
-            self.state[selected.W] = entry = self._entry(selected)
-            add_master_(entry, selected.W)
-            check_fits(selected.W, entry, selected.slot.name)
-        self._drafts.clear()
-        if is_news:
-            self._changed()
-
-    def _all_factors(self) -> Iterator[Tensor]:
-        for entry in (*self.state.values(), *self._drafts.values()):
-            if is_low_rank(entry):
-                yield from (entry["A"], entry["B"])
 
     def _rates(self) -> list[Any]:
         """Return the effective rate of every group in the coming update."""
@@ -821,6 +641,16 @@ class ReLoRAOptimizer(Optimizer):
             )
         gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
+
+
+def _check_step(closure: object) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() inside the capture of a CUDA graph: updates and restarts are counted in Python, which a replay "
+            "does not run; capture forward and backward alone"
+        )
+    if closure is not None and not callable(closure):
+        raise TypeError(f"closure={closure!r} must be callable: it computes the loss and its gradients")
 
 
 def _without_parameters(options: Group) -> Group:

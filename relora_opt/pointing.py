@@ -8,21 +8,43 @@
 The forward pass sees W alone, so nothing depends on what A and B hold meanwhile. Afterwards A has orthonormal rows, in
 the order of their singular values, and B = 0.
 
-This file does not know clocks or base optimizers. Source of the range finder: Halko, Martinsson and Tropp 2011, arXiv
-0909.4061, algorithms 4.3 and 4.4.
+`group["pointing"]` counts the sketches that are still to come. This file does not know clocks or base optimizers.
+Source of the range finder: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.3 and 4.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .release import is_dense
 from .sharding import from_first_rank, full
 from .state import LowRankState
 
 NUM_SKETCHES = 2
+
+Groups = Iterable[
+    tuple[dict[str, Any], Sequence[LowRankState]]
+]  # whose A's are still to be pointed, with their weights
+
+
+def point_groups_(groups: Groups) -> None:
+    """Point the A's of the groups to which dense gradients, and no others, have come."""
+    for group, weights in groups:
+        if any(is_dense(w.W.grad) for w in weights) and not any(w.has_gradient for w in weights):
+            point_(weights)
+            group["pointing"] = 0
+
+
+def sketch_groups_(groups: Groups) -> None:
+    """Take the factors' gradients for sketches, in the groups that have any."""
+    for group, weights in groups:
+        if any(weight.has_gradient for weight in weights):
+            group["pointing"] -= 1
+            sketch_(weights, is_last=group["pointing"] == 0)
 
 
 def point_(weights: Sequence[LowRankState]) -> None:

@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation(
         "forget to clip",
         "optimizer.py",
-        "            if self.max_grad_norm is not None and counts:\n",
+        "            if self.max_grad_norm is not None:\n",
         "            if False:\n",
         ("test_laws_reference.py", WALK),
     ),
@@ -410,7 +410,7 @@ MUTATIONS = (
     ),
     Mutation(
         "leave a 16-bit weight without a master",
-        "optimizer.py",
+        "factored.py",
         "            add_master_(entry, selected.W)\n",
         "",
         ("test_contract_traps.py", "gives_a_16_bit_model_its_masters"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 from relora_opt.groups import Slot
-from relora_opt.pointing import NUM_SKETCHES, point_, sketch_
+from relora_opt.pointing import NUM_SKETCHES, point_, point_groups_, sketch_
 from relora_opt.state import LowRankState, new_entry
 
 DOUBLE = torch.float64
@@ -160,7 +160,7 @@ def test_a_gradient_that_says_nothing_leaves_a_as_it_was_drawn(value: float) -> 
     model.head.weight.grad = torch.ones_like(model.head.weight)  # or it would be the step that changes nothing
     optimizer.param_groups[-1]["lr"] = 0.1
     point = [optimizer.factors(W)[0] for W in selected_weights(model).values()]
-    optimizer._point()
+    point_groups_(optimizer._pointing())
     for A, W in zip(point, selected_weights(twin).values(), strict=True):
         assert torch.equal(A, drawn.factors(W)[0])
 

@@ -1,0 +1,207 @@
+"""An optimizer of whose parameters some have factors: which these are, their scales, and where their state lives.
+
+    param_groups    each with rank, scale and clock, beside the base optimizer's options
+    _slots          what is known of every parameter beside its tensor, in the order of the groups
+    state[W]        A, B and what the base knows of them (state.py), from the first update of the low-rank phase on
+    _drafts[W]      the same before that update, so that `state` stays empty until there is something to save
+
+This file makes no update, and does not know schedules but for the switch.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import inner
+from .factors import draw_a, draw_generator, matrix_shape, product
+from .groups import MATCHED, LowRank, Selected, Slot
+from .matched import matched_scale, trial_shape
+from .schedule import JaggedSchedule
+from .state import Entry, LowRankState, add_master_, check_fits, exact_weight, is_low_rank, new_entry
+
+Group = dict[str, Any]
+
+
+class FactoredOptimizer(Optimizer):
+    """What `ReLoRAOptimizer` knows of its weights; it sets these attributes before its groups are added."""
+
+    schedule: JaggedSchedule
+    init: str
+    seed: int
+    _base: inner.Base
+    _low_rank: LowRank
+    _slots: list[list[Slot]]
+    _options: list[Group]  # of every group as they were first given, without parameters
+    _scales: list[Any]  # of every group
+    _matched: dict[tuple[int, ...], float]  # scales found so far, by (group, m, n)
+    _drafts: dict[Tensor, Entry]
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates were applied; skipped ones do not count."""
+        return int(self.param_groups[0]["num_updates"])
+
+    @property
+    def num_restarts(self) -> int:
+        """How many restarts there were; the switch from full rank to low rank is not one."""
+        return int(self.param_groups[0]["num_restarts"])
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the next update is low-rank: something is selected and the warm start is over."""
+        return self.num_updates >= self.schedule.warm_start and any(group["rank"] for group in self.param_groups)
+
+    @property
+    def selected(self) -> list[str]:
+        """The names of the low-rank weights, in the order of the groups."""
+        return [
+            slot.name
+            for group, slots in zip(self.param_groups, self._slots, strict=True)
+            if group["rank"]
+            for slot in slots
+        ]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the model's parameters in all groups."""
+        return (p for group in self.param_groups for p in group["params"])
+
+    def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live factors (A, B) of a low-rank weight: (r, n) and (m, r), or batches of them.
+
+        While A is being pointed (init "gradient", at the start of a cycle) they hold what the sketches are made with.
+
+        Raises:
+            KeyError: where the parameter is not low-rank. ValueError: before the switch.
+        """
+        selected = self._find(parameter)
+        if not self.is_low_rank:
+            raise ValueError(
+                f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
+            )
+        entry = self._entry(selected)
+        return entry["A"], entry["B"]
+
+    def scale(self, parameter: Tensor) -> float:
+        """Return the scale s of a low-rank weight.
+
+        Raises:
+            KeyError: where the parameter is not low-rank.
+        """
+        return self._scale(self._find(parameter))
+
+    @torch.no_grad()
+    def frozen_weight(self, parameter: Tensor) -> Tensor:
+        """Return W - s B A in W's shape and dtype: what module-style LoRA calls the frozen weight."""
+        A, B = self.factors(parameter)
+        selected = self._find(parameter)
+        if selected.group["pointing"]:
+            return parameter.detach().clone()
+        W = exact_weight(parameter, self.state.get(parameter))
+        return (W - product(A, B, self._scale(selected)).view(W.shape)).to(parameter.dtype)
+
+    def _selected(self, groups: Iterable[Group] | None = None) -> Iterator[Selected]:
+        """Yield the low-rank weights of all groups, or of these."""
+        wanted = {id(group) for group in (self.param_groups if groups is None else groups)}
+        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+            if group["rank"] and id(group) in wanted:
+                yield from (Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
+
+    def _find(self, parameter: Tensor) -> Selected:
+        for selected in self._selected():
+            if selected.W is parameter:
+                return selected
+        what = f"the parameter of shape {tuple(parameter.shape)}" if isinstance(parameter, Tensor) else repr(parameter)
+        raise KeyError(f"{what} is not low-rank in this optimizer: give one of model's weights in .selected")
+
+    def _scale(self, selected: Selected) -> float:
+        """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
+        W, slot, group, number = selected
+        if group["scale"] != MATCHED:
+            return float(group["scale"])
+        m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
+        if (number, m, n) not in self._matched:
+            like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
+            *shape, rank = trial_shape(m, n, group["rank"])
+            A = draw_a(tuple(shape), rank, init=self.init, generator=draw_generator(0, "", 0), like=like)
+            self._matched[number, m, n] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
+        return self._matched[number, m, n]
+
+    def _fix_scales(self) -> None:
+        self._scales = [group["scale"] for group in self.param_groups]
+
+    def _check_groups(self) -> None:
+        """Refuse groups whose ranks, scales or numbers of parameters somebody has changed, to no or to a wrong effect.
+
+        Raises:
+            ValueError: names the group, both values and the remedy.
+        """
+        if len(self.param_groups) != len(self._slots):
+            raise ValueError(
+                f"param_groups holds {len(self.param_groups)} groups now, and was made of {len(self._slots)}: add one "
+                "by add_param_group, freeze what is not to be trained, or construct a new optimizer"
+            )
+        for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+            given = {"rank": self._options[number]["rank"], "scale": self._scales[number], "params": len(slots)}
+            for name, value in given.items():
+                now = len(group["params"]) if name == "params" else group[name]
+                if now != value:
+                    raise ValueError(
+                        f"param_groups[{number}] has {name} {now} now, and was made with {value}: that is fixed; "
+                        "freeze what is not to be trained, or construct a new optimizer"
+                    )
+
+    def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
+        """Yield the selected weights, of all groups or of these, that have factors."""
+        for selected in self._selected(groups):
+            entry = self.state.get(selected.W)
+            if is_low_rank(entry):
+                yield LowRankState(selected.W, entry, self._scale(selected))
+
+    def _entry(self, selected: Selected) -> Entry:
+        """Return a weight's low-rank state; before the first step a draft, so that `state` stays empty."""
+        W, slot, group, _ = selected
+        entry = self._known_entry(W)
+        if entry is None:
+            with torch.inference_mode(False):  # where somebody looks at them first, to train them later
+                entry = new_entry(W, slot, group["rank"], init=self.init, seed=self.seed, restart=self.num_restarts)
+            self._drafts[W] = entry
+        return entry
+
+    def _holds(self, parameter: Tensor, A: Tensor, B: Tensor) -> bool:
+        """Say whether these are the live factors of a weight, and not those of a state that was cleared since."""
+        entry = self._known_entry(parameter)
+        return entry is not None and entry["A"] is A and entry["B"] is B
+
+    def _known_entry(self, W: Tensor) -> Entry | None:
+        """Return a weight's low-rank state or its draft, if any; who looks into `state`, a defaultdict, fills it."""
+        entry = self.state.get(W)
+        return entry if is_low_rank(entry) else self._drafts.get(W)
+
+    def _make_entries(self) -> None:
+        """Give every low-rank weight its state, where the phase has it."""
+        if not self.is_low_rank:
+            return
+        is_news = False
+        for selected in self._selected():
+            is_news |= not is_low_rank(self.state.get(selected.W)) and selected.W not in self._drafts
+            self.state[selected.W] = entry = self._entry(selected)
+            add_master_(entry, selected.W)
+            check_fits(selected.W, entry, selected.slot.name)
+        self._drafts.clear()
+        if is_news:
+            self._changed()
+
+    def _all_factors(self) -> Iterator[Tensor]:
+        for entry in (*self.state.values(), *self._drafts.values()):
+            if is_low_rank(entry):
+                yield from (entry["A"], entry["B"])
+
+    @abstractmethod
+    def _changed(self) -> None:
+        """What is trained has changed."""
