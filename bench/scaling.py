@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 from relora_opt_cli.machine import keep_freed_memory
 
+from .contenders import CONTENDERS, batches
 from .costs import Shape, flops, kept
-from .step import CONTENDERS, RESULTS, alternate, batches, environment, kept_bytes, set_up
+from .footprint import kept_bytes
+from .step import RESULTS, alternate, environment, set_up
 
 _BASE, _RANK, _SEQ_LEN = Shape(512, 1360, 4, 4096, 4, 256), 32, 256
 AXES: dict[str, tuple[int, ...]] = {

@@ -10,9 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import scaling
+from bench.contenders import CONTENDERS, batches
 from bench.costs import COSTS, Shape, bound, flops, kept
+from bench.footprint import kept_bytes, state_bytes
 from bench.scaling import Point
-from bench.step import CONTENDERS, Row, alternate, batches, kept_bytes, state_bytes, table
+from bench.step import alternate
+from bench.step_table import Row, table
 
 SHAPE = Shape(width=64, inner=160, num_layers=2, vocab_size=96, batch_size=2, seq_len=24)
 RANK = 4
