@@ -6,8 +6,8 @@ dense path        one singular value decomposition of every gradient, at the fir
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -63,4 +63,6 @@ def _seconds(call: Callable[..., Any], *arguments: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 256)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("width", type=int, nargs="?", default=256)
+    main(parser.parse_args().width)
