@@ -34,10 +34,10 @@ from typing import Any
 import tokenizers
 import torch
 from relora_opt_cli.build import make_optimizer, model_config
-from relora_opt_cli.config import resolve
 from relora_opt_cli.corpus import Corpus, Settings, prepare, tokenize
 from relora_opt_cli.data import Batches
 from relora_opt_cli.model import Llama, init_weights
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.tokens import fit_tokenizer, load_tokenizer, training_sample
 from tokenizers import Tokenizer
 

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
-from .config import FIELDS, Config, UserError, resolve
+from .config import FIELDS, Config
 from .config_file import load_config_file
+from .errors import UserError
 from .output import enduring_output
 from .report import print_error
+from .resolution import resolve
 
 if TYPE_CHECKING:
     from .parallel import World

@@ -15,9 +15,11 @@ from torch import nn
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, constant, cosine, linear, prune, target_names, wsd
 
 from .bases import base_optimizer
-from .config import Config, UserError, parse_prune
+from .config import Config
 from .corpus import Corpus
+from .errors import UserError
 from .export import MODEL_CONFIG
+from .limits import parse_prune
 from .model import PRESETS, LlamaConfig, load_config
 from .place import find_trained
 

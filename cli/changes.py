@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .build import make_schedule
-from .config import FIELDS, Config, UserError
+from .config import FIELDS, Config
+from .errors import UserError
 
 _FREE = (
     *("eval_every", "save_every", "keep", "keep_every", "max_loss_jump", "max_skips", "log"),

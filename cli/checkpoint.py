@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import UserError
 from .disk import flushed, new_folder, partial_of, remove_folder, sweep
+from .errors import UserError
 from .model import Llama, load_weights
 from .nested import pack, unpack
 from .progress import Progress, progress_of

@@ -1,9 +1,8 @@
-"""What a run is told: one flat list of options, from flags, a TOML file, a preset and what follows from the others.
+"""What a run is told: one flat list of options, and the presets.
 
 `Config` declares every option once: its name, type and help make the flag `--restart-every`, the key `restart_every` of
 `--config FILE.toml`, and the line of the run folder's config.toml (config_file.py reads and writes both). Options that
-are not given are None in the raw dictionaries; `resolve` fills them, flags before file before preset, and checks the
-whole before any work is done.
+are not given are None in the raw dictionaries; resolution.py fills them.
 
 This file imports neither torch nor the library, so that `--help` is quick.
 """
@@ -11,17 +10,10 @@ This file imports neither torch nor the library, so that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 Options = dict[str, Any]
-
-
-class UserError(ValueError):
-    """Something the user can mend: one sentence with the value and the remedy. The command ends with status 2."""
 
 
 def _option(help: str, *, panel: str) -> Any:
@@ -30,7 +22,7 @@ def _option(help: str, *, panel: str) -> Any:
 
 _DATA, _MODEL, _LENGTH, _RATES = "Data", "Model", "Length and batch", "Base optimizer and rates"
 _LOW_RANK, _MACHINE, _RUN = "Low rank", "Machine", "Run"
-_CYCLE, _LAST_CYCLE, _FEWEST_CYCLES = 500, 450, 3  # what is shorter gains nothing by a restart: bench/README.md
+CYCLE, FEWEST_CYCLES = 500, 3  # what is shorter gains nothing by a restart: bench/README.md
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class Config:
     init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
     warm_start: int = _option("Full-rank updates before the first cycle. (default: 0)", panel=_LOW_RANK)
     restart_every: int = _option(
-        f"Updates in a cycle; 0 is plain LoRA. (default: {_CYCLE} or a few more in runs of {_FEWEST_CYCLES * _CYCLE} "
+        f"Updates in a cycle; 0 is plain LoRA. (default: {CYCLE} or a few more in runs of {FEWEST_CYCLES * CYCLE} "
         "and more, else 0)",
         panel=_LOW_RANK,
     )
@@ -132,31 +124,6 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
-_GENERAL: Options = {
-    "data": (),
-    "allow_lossy": False,
-    "seq_len": 256,
-    "batch_size": 8,
-    "base": "adamw",
-    "outer": "cosine",
-    "min_ratio": 0.1,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.95),
-    "max_grad_norm": 1.0,
-    "alpha": "matched",
-    "init": "orthogonal",
-    "factor_lr": 1.0,
-    "prune": "reset",
-    "dtype": "auto",
-    "device": "auto",
-    "checkpoint_activations": False,
-    "shard": False,
-    "keep": 2,
-    "max_loss_jump": 10.0,
-    "max_skips": 20,
-    "log": (),
-    "seed": 0,
-}
 _SMALL: Options = {"steps": 600, "lr": 1e-3, "rest_lr": 8e-3, "rank": 64}
 _PAPER: Options = {"seq_len": 512, "rank": 128, "batch_size": 64, "steps": 20_000}
 PRESETS: dict[str, Options] = {
@@ -176,235 +143,3 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 LOGS = ("tensorboard", "trackio", "wandb")
-_POSITIVE_COUNTS = (
-    *("seq_len", "steps", "batch_size", "micro_batch_size"),
-    *("eval_every", "save_every", "keep", "max_skips"),
-)
-_COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
-_RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
-
-
-def resolve(options: Options) -> Config:
-    """Fill what is not given and check the whole.
-
-    Args:
-        options: values by the names of `Config`; None means not given.
-
-    Raises:
-        UserError: for an unknown name, a value of the wrong kind, or values that do not go together.
-    """
-    check_names(options, "options")
-    given = {name: _typed(name, value) for name, value in options.items() if value is not None}
-    if sum(name in given for name in ("preset", "model", "init_from")) > 1:
-        raise UserError("preset, model and init_from each say what the model is: give one of them")
-    if "model" not in given and "init_from" not in given:
-        given.setdefault("preset", DEFAULT_PRESET)
-    filled = {**dict.fromkeys(FIELDS), **_GENERAL, **_preset_options(given.get("preset")), **given}
-    if "lr" in given and "rest_lr" not in given:
-        filled["rest_lr"] = filled["lr"]
-    config = Config(**_follow(filled, given))
-    _check(config)
-    return config
-
-
-def changed(config: Config, options: Options) -> Config:
-    """Return a resolved configuration with some options changed; nothing else follows from them.
-
-    Raises:
-        UserError: as `resolve`.
-    """
-    given = {name: _typed(name, value) for name, value in options.items()}
-    if "tokens" in given:
-        if "steps" in given:
-            raise UserError(f"steps={given['steps']} and tokens={given['tokens']} both say how long to train: give one")
-        given["steps"] = _steps_of(given["tokens"], config.batch_size * config.seq_len)
-    config = dataclasses.replace(config, **given)
-    _check(config)
-    return config
-
-
-def _preset_options(preset: str | None) -> Options:
-    if preset is None:
-        return {"lr": 1e-3, "rank": 128, "steps": 1000}
-    if preset not in PRESETS:
-        raise UserError(f"preset={preset!r} is not known: choose one of {', '.join(PRESETS)}")
-    return PRESETS[preset]
-
-
-def _follow(filled: Options, given: Options) -> Options:
-    """Derive what follows from other options: lengths are shares of the run or of the cycle."""
-    if "steps" in given and "tokens" in given:
-        raise UserError(f"steps={filled['steps']} and tokens={filled['tokens']} both say how long to train: give one")
-    if filled["tokens"] is not None:
-        filled["steps"] = _steps_of(filled["tokens"], filled["batch_size"] * filled["seq_len"])
-    steps = filled["steps"]
-
-    def default(name: str, value: Any) -> None:
-        if filled[name] is None:
-            filled[name] = value
-
-    default("warmup", steps // 20)
-    default("warm_start", 0)
-    default("restart_every", _restart_every(steps - filled["warm_start"]))
-    default("restart_warmup", filled["restart_every"] // 20)
-    default("eval_every", max(1, steps // 10))
-    default("save_every", max(1, steps // 5))
-    default("micro_batch_size", filled["batch_size"])
-    default("rest_lr", filled["lr"])
-    default("out", "")
-    return filled
-
-
-def _restart_every(updates: int) -> int:
-    """Return the shortest cycle whose restarts pay in so many low-rank updates; 0 where none does.
-
-    Cycles are as equal as may be: the end of the run cuts the last one short, but leaves it `_LAST_CYCLE` updates.
-    """
-    for cycles in range(updates // _CYCLE, _FEWEST_CYCLES - 1, -1):
-        length = updates // cycles + 1  # so that none ends at the end
-        if updates - (cycles - 1) * length >= _LAST_CYCLE:
-            return length
-    return 0
-
-
-def _steps_of(tokens: int, per_update: int) -> int:
-    if tokens < per_update:
-        raise UserError(f"tokens={tokens} is less than one update's {per_update}: give more")
-    return tokens // max(1, per_update)
-
-
-def _check(config: Config) -> None:
-    for name in FIELDS:
-        _check_text(name, getattr(config, name))
-    for name in _POSITIVE_COUNTS:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be a whole number of at least 1")
-    for name in _COUNTS:
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} must be a whole number, 0 or more")
-    for name in _RATES_FINITE:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{name}={value} must be a finite number, 0 or more")
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"{name}={getattr(config, name)!r} is not known: choose one of {', '.join(choices)}")
-    for name in config.log:
-        if name not in LOGS:
-            raise UserError(f"log={name!r} is not known: choose among {', '.join(LOGS)}")
-        if config.log.count(name) > 1:
-            raise UserError(f"log={name!r} is given twice: once will do")
-    is_number = isinstance(config.alpha, float) and math.isfinite(config.alpha) and config.alpha > 0
-    if not (config.alpha is None or config.alpha == "matched" or is_number):
-        raise UserError(f'alpha={config.alpha} must be a positive number, the scale is alpha / rank, or "matched"')
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
-    if not 0 <= config.min_ratio <= 1:
-        raise UserError(f"min_ratio={config.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
-    if config.val_share is not None and not 0 < config.val_share <= 0.5:
-        raise UserError(f"val_share={config.val_share} must lie above 0 and not above 0.5: it is a share of the texts")
-    if not config.max_grad_norm > 0:
-        raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
-    if not config.max_loss_jump > 0:
-        raise UserError(f"max_loss_jump={config.max_loss_jump} must be positive; inf skips no loss that is finite")
-    if config.warmup > config.steps:
-        raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: shorten it")
-    if 0 < config.restart_every < config.restart_warmup:
-        raise UserError(
-            f"restart_warmup={config.restart_warmup} is longer than restart_every={config.restart_every}: "
-            "the rate would never recover; shorten the ramp"
-        )
-    if config.rank > 0:
-        _check_cycles(config)
-    if config.batch_size % config.micro_batch_size:
-        raise UserError(
-            f"micro_batch_size={config.micro_batch_size} must divide batch_size={config.batch_size}, so that every "
-            "update sees as many sequences"
-        )
-    for name in ("threads", "keep_every"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be a whole number of at least 1")
-    if config.vocab_size is not None and config.vocab_size < 257:
-        raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
-    parse_prune(config.prune)
-
-
-def _check_text(name: str, value: Any) -> None:
-    """Refuse what config.toml cannot say: a path of bytes that are no UTF-8 comes as text with surrogates."""
-    for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str) and not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{name}={text!r} is not UTF-8: rename the file or folder") from error
-
-
-def _check_cycles(config: Config) -> None:
-    """Refuse a run that would end before what it asks for begins."""
-    if config.warm_start >= config.steps:
-        raise UserError(
-            f"warm_start={config.warm_start} leaves no low-rank update in steps={config.steps}: shorten it, or give "
-            "rank 0 to train at full rank"
-        )
-    first = config.warm_start + config.restart_every
-    if config.restart_every > 0 and first > config.steps:
-        raise UserError(
-            f"restart_every={config.restart_every} puts the first restart after update {first}, beyond "
-            f"steps={config.steps}: shorten it, or give 0 for no restart"
-        )
-
-
-def parse_prune(text: str) -> tuple[str, float | None]:
-    """Read "reset", "keep", "magnitude:0.9" or "random:0.99" as (name, ratio)."""
-    name, _, ratio = text.partition(":")
-    if name in ("reset", "keep") and not ratio:
-        return name, None
-    try:
-        share = float(ratio)
-    except ValueError:
-        share = math.nan
-    if name in ("magnitude", "random") and 0 <= share <= 1:
-        return name, share
-    raise UserError(f"prune={text!r} is not known: reset, keep, magnitude:0.9 or random:0.99, with a share of 0 to 1")
-
-
-def check_names(options: Options, where: str) -> None:
-    """Refuse names that are no options; `where` says whose they are."""
-    for name in options:
-        if name not in FIELDS:
-            close = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
-            raise UserError(f"{where}: {name!r} is not an option; {hint}")
-
-
-def _typed(name: str, value: Any) -> Any:
-    """Return an option's value in its type; a TOML file may hold any."""
-    kind = str(FIELDS[name].type).removesuffix(" | None")
-    if kind.startswith("tuple"):
-        items = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
-        size, item_kind = (2, float) if kind == "tuple[float, float]" else (None, str)
-        if items is not None and (size is None or len(items) == size):
-            numbers = item_kind is float and all(_is_number(item) for item in items)
-            if numbers or (item_kind is str and all(isinstance(item, str) for item in items)):
-                return tuple(item_kind(item) for item in items)
-    elif kind.startswith("float"):
-        if _is_number(value):
-            return float(value)
-        if kind == "float | str" and isinstance(value, str):
-            return _number_or_word(value)
-    elif (kind == "bool") == isinstance(value, bool) and isinstance(value, {"int": int, "bool": bool}.get(kind, str)):
-        return value
-    raise UserError(f"{name}={value!r} is of the wrong kind: it must be {kind}")
-
-
-def _number_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _is_number(value: Any) -> bool:
-    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return is_whole or isinstance(value, float)

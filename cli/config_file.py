@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, Config, Options, UserError, check_names
+from .config import FIELDS, Config, Options
+from .errors import UserError
+from .resolution import check_names
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -24,9 +24,10 @@ import tokenizers
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from .config import Config, UserError
+from .config import Config
 from .data import check_length
 from .encoding import JOINT, PIECE, chained, cut_pieces, encode_pieces
+from .errors import UserError
 from .pace import Advance, Pace
 from .parts import MOST_CHARACTERS
 from .sources import find_sources, read_sources

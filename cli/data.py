@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 from .store import Stream, check_mapped
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .config import UserError
+from .errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,9 +19,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .checkpoint import read_progress
-from .config import CHOICES, Config, UserError, resolve
+from .config import CHOICES, Config
 from .config_file import load_config_file
 from .device import autocast_dtype
+from .errors import UserError
 from .evaluation import Evaluation
 from .loss import batch_loss
 from .model import Llama
@@ -29,6 +30,7 @@ from .pace import Pace
 from .place import RUN_CONFIG, Place
 from .predicted import Text, all_sequences, drawn_sequences, given_text, held_out_text
 from .record import RECORD
+from .resolution import resolve
 from .trained import load_trained
 
 _TOKENS = 2048  # at a time, of a whole text

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from relora_opt import save_merged
 
 from .checkpoint import latest_checkpoint, load_checkpoint
-from .config import UserError
+from .errors import UserError
 from .model import Llama, LlamaConfig, load_config
 from .place import run_of
 from .record import WEIGHTS

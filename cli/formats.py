@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .parts import Part, parts
 
 MOST_BYTES = 1 << 26

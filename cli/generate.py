@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 from .model import KeyValueCache, Llama
 from .sampling import Sampling
 from .trained import Trained, load_trained

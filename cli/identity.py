@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .export import MODEL_CONFIG, TOKENIZER
 from .model import load_config
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkpoint import checkpoints, damage_of, read_progress
-from .config import UserError
+from .errors import UserError
 from .report import show_bytes
 
 

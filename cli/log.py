@@ -25,7 +25,8 @@ from typing import Any, Protocol
 
 from relora_opt import Metrics
 
-from .config import Config, UserError
+from .config import Config
+from .errors import UserError
 from .metrics import Row
 
 _FILE, _PROJECT = "log.json", "relora-opt"

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from relora_opt import Guard, Metrics, ReLoRAOptimizer
 
-from .config import Config, UserError
+from .config import Config
 from .data import Batches
 from .device import autocast_dtype
+from .errors import UserError
 from .log import Log, numbers
 from .loss import batch_loss
 from .metrics import Phase, Row

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .config import UserError
+from .errors import UserError
 
 Phase = Literal["warm_start", "low_rank", "full_rank"]
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .config import Config, UserError
+from .config import Config
 from .corpus import Settings
+from .errors import UserError
 from .export import TOKENIZER
 from .place import find_trained
 from .store import is_store

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 from .report import print_error
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import checkpoints
-from .config import UserError
+from .errors import UserError
 from .record import RECORD, check_files, read_record
 
 RUN_CONFIG = "config.toml"

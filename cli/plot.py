@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import UserError
+from .errors import UserError
 from .metrics import Row, read_metrics
 
 if TYPE_CHECKING:

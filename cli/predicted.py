@@ -17,9 +17,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import Config, UserError
+from .config import Config
 from .corpus import Settings, encode_sources, prepare
 from .data import Batches
+from .errors import UserError
 from .export import TOKENIZER
 from .pace import Pace
 from .store import Stream, is_store

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
 from .disk import crc32, write_file
+from .errors import UserError
 
 RECORD = "state.json"
 WEIGHTS, TENSORS = "model.safetensors", "optimizer.safetensors"

@@ -17,8 +17,9 @@ from .checkpoint import (
     read_progress,
     read_whole,
 )
-from .config import Config, UserError, resolve
+from .config import Config
 from .config_file import load_config_file
+from .errors import UserError
 from .export import MODEL_CONFIG
 from .format1 import upgrade_checkpoint
 from .identity import check_identity
@@ -28,6 +29,7 @@ from .metrics import Row, read_metrics, truncate_metrics
 from .model import load_config, load_weights
 from .parallel import World
 from .record import DamagedError, check_files, read_record
+from .resolution import resolve
 from .run import CONFIG, METRICS, Run, prepare_run, say
 from .shard import read_state
 

@@ -27,11 +27,12 @@ from relora_opt import ReLoRAOptimizer
 
 from .build import make_optimizer, model_config, with_vocabulary
 from .checkpoint import checkpoints
-from .config import FIELDS, Config, UserError
+from .config import FIELDS, Config
 from .config_file import to_toml
 from .corpus import Corpus, Settings, prepare
 from .device import find_device
 from .disk import crc32, write_file
+from .errors import UserError
 from .export import MODEL_CONFIG, TOKENIZER
 from .identity import identity_of
 from .lock import LOCK, Lock, locked

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from .checkpoint import (
     snapshot,
     write_whole,
 )
-from .config import Config, UserError
+from .config import Config
 from .disk import flushed
+from .errors import UserError
 from .parallel import noticing_losses
 from .run import METRICS, Run
 from .shares import write_shares

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from .config import UserError
+from .errors import UserError
 from .parallel import World
 
 _CHUNK = 1 << 20

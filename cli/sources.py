@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .formats import KINDS, check_column, kind_of, read_column, read_file
 from .parts import Part
 from .tree import files_below, files_matching

@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 from .plot import COLOURS, label_text, new_figure, save_figure, style_axes
 
 if TYPE_CHECKING:

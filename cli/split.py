@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .config import UserError
+from .errors import UserError
 from .parts import Part
 
 VAL_SHARE = 0.05

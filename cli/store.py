@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from .config import UserError
+from .errors import UserError
 
 Stream = npt.NDArray[np.integer[Any]]
 SIDES = ("train", "val")

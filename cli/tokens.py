@@ -22,8 +22,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .config import UserError
 from .disk import new_folder, write_file
+from .errors import UserError
 from .store import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"

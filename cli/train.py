@@ -24,7 +24,7 @@ from relora_opt import memory
 
 from .changes import changes, settled
 from .checkpoint import checkpoint_of, latest_checkpoint, read_progress
-from .config import Config, Options, changed
+from .config import Config, Options
 from .device import available_device
 from .export import export_checkpoint
 from .lock import locked
@@ -37,6 +37,7 @@ from .plan import describe_plan
 from .plot import plot_runs
 from .record import read_record
 from .report import Summary, View, print_summary
+from .resolution import changed
 from .resume import config_at, config_of, cut_metrics, first_update, in_place, main_checkpoint, restored_run
 from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
 from .saving import save, save_alone, wait, write_progress

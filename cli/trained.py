@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .config import UserError
 from .device import find_device
+from .errors import UserError
 from .export import MODEL_CONFIG, TOKENIZER
 from .model import Llama, load_config, load_weights
 from .place import Place, find_trained

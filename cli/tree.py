@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from .config import UserError
+from .errors import UserError
 
 
 def files_below(folder: Path) -> Iterator[Path]:

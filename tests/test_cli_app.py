@@ -15,8 +15,9 @@ import transformers
 import typer
 from relora_opt_cli import app as command_line
 from relora_opt_cli import train
-from relora_opt_cli.config import FIELDS, Config, resolve
+from relora_opt_cli.config import FIELDS, Config
 from relora_opt_cli.config_file import to_toml
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.tokens import END_OF_TEXT, fit_tokenizer
 
 SHAPE = {

@@ -39,7 +39,7 @@ from relora_opt_cli.checkpoint import (
     save_progress,
     snapshot,
 )
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.format1 import upgrade_checkpoint
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 from relora_opt_cli.progress import Progress

@@ -10,18 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from relora_opt_cli.config import (
-    CHOICES,
-    DEFAULT_PRESET,
-    FIELDS,
-    PRESETS,
-    Config,
-    UserError,
-    changed,
-    parse_prune,
-    resolve,
-)
+from relora_opt_cli.config import CHOICES, DEFAULT_PRESET, FIELDS, PRESETS, Config
 from relora_opt_cli.config_file import load_config_file, to_toml
+from relora_opt_cli.errors import UserError
+from relora_opt_cli.limits import parse_prune
+from relora_opt_cli.resolution import changed, resolve
 
 FIELD_NAMES = list(FIELDS)
 

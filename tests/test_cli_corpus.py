@@ -21,10 +21,10 @@ import torch
 from documents import lines, sentences, split, write
 from relora_opt_cli import corpus as rooms
 from relora_opt_cli import encoding, store_writer, tokens
-from relora_opt_cli.config import UserError
 from relora_opt_cli.corpus import Corpus, Settings, prepare, tokenize, train_tokenizer
 from relora_opt_cli.data import Batches
 from relora_opt_cli.encoding import Encoded
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.journal import begin_journal
 from relora_opt_cli.store_writer import StoreWriter, key_of
 from relora_opt_cli.tokens import end_of_text_id, fit_tokenizer

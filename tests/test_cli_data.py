@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from relora_opt_cli.config import UserError
 from relora_opt_cli.data import Batches
+from relora_opt_cli.errors import UserError
 
 streams = st.integers(2, 400).map(np.arange)
 sizes = st.tuples(streams, st.integers(1, 30), st.integers(1, 9), st.integers(0, 5)).filter(lambda s: len(s[0]) > s[1])

@@ -18,12 +18,13 @@ from folders import CONFIG, small_model, write_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relora_opt_cli.app import app
-from relora_opt_cli.config import UserError, resolve
 from relora_opt_cli.corpus import Settings, tokenize
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.evaluate import Reading, evaluate
 from relora_opt_cli.evaluation import Evaluation
 from relora_opt_cli.metrics import read_metrics
 from relora_opt_cli.predicted import Text, all_sequences
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.train import start_run
 from safetensors.torch import save_file
 from tokenizer import END

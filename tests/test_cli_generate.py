@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from folders import CONFIG, WINDOW, small_model, write_export, write_run
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.generate import Reader, generate
 from relora_opt_cli.model import KeyValueCache, Llama
 from relora_opt_cli.sampling import Sampling

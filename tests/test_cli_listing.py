@@ -11,7 +11,7 @@ import pytest
 import torch
 from relora_opt_cli import listing, train
 from relora_opt_cli.checkpoint import checkpoints
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.listing import list_checkpoints, print_checkpoints
 from rich.console import Console
 from tiny import train as run_tiny

@@ -24,9 +24,10 @@ from typing import Any
 import pytest
 import torch
 from relora_opt_cli.checkpoint import checkpoints
-from relora_opt_cli.config import UserError, resolve
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.log import check_logs, remember
 from relora_opt_cli.metrics import Row, read_metrics
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.train import resume_run, start_run
 
 SHAPE = {

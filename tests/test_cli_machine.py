@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from relora_opt_cli import device, machine
-from relora_opt_cli.config import Config, resolve
+from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import to_toml
 from relora_opt_cli.machine import (
     describe,
@@ -19,6 +19,7 @@ from relora_opt_cli.machine import (
     settle,
     shared_threads,
 )
+from relora_opt_cli.resolution import resolve
 
 SMALL, LARGE = 10**6, 10**12
 

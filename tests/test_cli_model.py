@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.model import (
     PRESETS,
     LinearRope,

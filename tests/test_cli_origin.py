@@ -11,11 +11,13 @@ import torch
 from folders import CONFIG, write_export
 from relora_opt_cli import run as rooms
 from relora_opt_cli.checkpoint import checkpoints
-from relora_opt_cli.config import Config, UserError, resolve
+from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.corpus import Settings, tokenize
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.origin import agreed
 from relora_opt_cli.parallel import World
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.run import new_run
 from relora_opt_cli.tokens import fit_tokenizer
 from relora_opt_cli.train import resume_run

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import tiny
 from relora_opt_cli import app, train
-from relora_opt_cli.config import resolve
 from relora_opt_cli.config_file import to_toml
 from relora_opt_cli.output import enduring_output
+from relora_opt_cli.resolution import resolve
 
 SAY = """
 import sys
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.output import streamed_output
 try:
     with streamed_output() as write:

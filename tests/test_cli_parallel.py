@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress, write_all_but_weights
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.parallel import World, world
 from relora_opt_cli.record import TENSORS, read_record
 from safetensors.torch import load_file, save_file

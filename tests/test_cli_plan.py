@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from relora_opt_cli.build import make_schedule
-from relora_opt_cli.config import resolve
 from relora_opt_cli.plan import describe_plan
+from relora_opt_cli.resolution import resolve
 
 
 @pytest.mark.parametrize(

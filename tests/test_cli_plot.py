@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import relora_opt_cli.plot as plot
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.metrics import Row
 
 NUM_UPDATES, WARM_START, RESTART_EVERY = 400, 100, 60

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.metrics import MetricsFile, Row, read_metrics, truncate_metrics
 from relora_opt_cli.report import Summary, View, print_summary
 from rich.console import Console

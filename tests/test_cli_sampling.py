@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.sampling import Sampling
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

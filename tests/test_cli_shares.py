@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import Ranks
 from relora_opt_cli import shares
 from relora_opt_cli.checkpoint import write_whole
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights, load_weights
 from relora_opt_cli.parallel import World
 from relora_opt_cli.shard import shard

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.spectrum import KindSpectrum, plot_spectrum, print_spectrum, spectrum
 from rich.console import Console
 from safetensors.torch import save_file

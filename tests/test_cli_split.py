@@ -6,7 +6,7 @@ import pytest
 from documents import WORDS, in_parts, sentences, split
 from hypothesis import given
 from hypothesis import strategies as st
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.split import Census, split_parts, take_census
 
 documents = st.text(min_size=1, max_size=8).filter(lambda text: not text.isspace())

@@ -11,8 +11,8 @@ from documents import sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from relora_opt_cli import tokens
-from relora_opt_cli.config import UserError
 from relora_opt_cli.encoding import chained, cut_pieces, encode_pieces
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.parts import parts
 from relora_opt_cli.split import SplitPart
 from relora_opt_cli.store import Stream

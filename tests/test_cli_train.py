@@ -12,12 +12,13 @@ import pytest
 import torch
 from relora_opt_cli.build import make_optimizer
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, save_progress
-from relora_opt_cli.config import UserError, resolve
 from relora_opt_cli.config_file import load_config_file
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.export import export_run
 from relora_opt_cli.generate import generate
 from relora_opt_cli.metrics import Row, read_metrics
 from relora_opt_cli.model import Llama, load_config, load_weights
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.sampling import Sampling
 from relora_opt_cli.train import resume_run, start_run
 from safetensors.torch import load_file

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import CONFIG, small_model, write_export, write_run
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.place import find_trained
 from relora_opt_cli.trained import load_trained
 from tokenizer import byte_tokenizer

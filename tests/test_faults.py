@@ -16,7 +16,7 @@ from disks import mounted
 from folders import small_model
 from relora_opt_cli import lock, saving, train
 from relora_opt_cli.checkpoint import checkpoints, damage_of, save_checkpoint, snapshot
-from relora_opt_cli.config import UserError
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.export import write_export
 from relora_opt_cli.lock import locked
 from relora_opt_cli.loop import Loop

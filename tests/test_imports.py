@@ -212,7 +212,9 @@ print(*{{name.partition(".")[0] for name in sys.modules}}, file=shown)
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CLI if path.stem in ("app", "config", "config_file")], ids=lambda path: path.stem
+    "path",
+    [path for path in CLI if path.stem in ("app", "config", "config_file", "errors", "limits", "resolution")],
+    ids=lambda path: path.stem,
 )
 def test_what_help_reads_imports_nothing_heavy_at_its_top(path: Path) -> None:
     at_the_top = {module.partition(".")[0] for module, _, is_late in imports(path) if not is_late and module[0] != "."}

@@ -12,8 +12,8 @@ import torch
 import typer
 from relora_opt_cli.app import app
 from relora_opt_cli.build import make_schedule
-from relora_opt_cli.config import resolve
 from relora_opt_cli.config_file import load_config_file
+from relora_opt_cli.resolution import resolve
 
 import relora_opt
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from relora_opt_cli.config import FIELDS, Config, resolve
+from relora_opt_cli.config import FIELDS, Config
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.model import PRESETS
+from relora_opt_cli.resolution import resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))

@@ -18,10 +18,10 @@ import pytest
 import torch
 from relora_opt_cli import saving, train
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
-from relora_opt_cli.config import UserError
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.corpus import Settings, prepare
 from relora_opt_cli.data import Batches
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.loop import Loop
 from relora_opt_cli.parallel import World
 from relora_opt_cli.record import read_record, write_record

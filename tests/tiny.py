@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from relora_opt_cli.checkpoint import checkpoints
-from relora_opt_cli.config import resolve
 from relora_opt_cli.metrics import Row, read_metrics
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.train import start_run
 
 SHAPE = {

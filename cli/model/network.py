@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import UserError
+from ..errors import UserError
 from .attention import attend, once
 from .cache import KeyValueCache, LayerCache
 from .rope import angles, rotate

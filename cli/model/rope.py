@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 from .rope import LinearRope, Llama3Rope, check_positive
 
 _ROPE_TYPES: dict[str, type[LinearRope] | type[Llama3Rope]] = {"linear": LinearRope, "llama3": Llama3Rope}

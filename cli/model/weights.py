@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config import UserError
+from ..errors import UserError
 from .network import Llama
 from .shape import read_json
 

@@ -1,0 +1,117 @@
+"""Which options a run may have: every check of a resolved configuration, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .config import CHOICES, FIELDS, LOGS, Config
+from .errors import UserError
+
+_POSITIVE_COUNTS = (
+    *("seq_len", "steps", "batch_size", "micro_batch_size"),
+    *("eval_every", "save_every", "keep", "max_skips"),
+)
+_COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
+_RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
+
+
+def check(config: Config) -> None:
+    """Refuse values that are impossible, or do not go together.
+
+    Raises:
+        UserError: names the option, its value and the remedy.
+    """
+    for name in FIELDS:
+        _check_text(name, getattr(config, name))
+    for name in _POSITIVE_COUNTS:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be a whole number of at least 1")
+    for name in _COUNTS:
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)} must be a whole number, 0 or more")
+    for name in _RATES_FINITE:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name}={value} must be a finite number, 0 or more")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"{name}={getattr(config, name)!r} is not known: choose one of {', '.join(choices)}")
+    for name in config.log:
+        if name not in LOGS:
+            raise UserError(f"log={name!r} is not known: choose among {', '.join(LOGS)}")
+        if config.log.count(name) > 1:
+            raise UserError(f"log={name!r} is given twice: once will do")
+    is_number = isinstance(config.alpha, float) and math.isfinite(config.alpha) and config.alpha > 0
+    if not (config.alpha is None or config.alpha == "matched" or is_number):
+        raise UserError(f'alpha={config.alpha} must be a positive number, the scale is alpha / rank, or "matched"')
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"betas={config.betas} must lie between 0 and 1, 1 not included")
+    if not 0 <= config.min_ratio <= 1:
+        raise UserError(f"min_ratio={config.min_ratio} must lie between 0 and 1: it is a share of the peak rate")
+    if config.val_share is not None and not 0 < config.val_share <= 0.5:
+        raise UserError(f"val_share={config.val_share} must lie above 0 and not above 0.5: it is a share of the texts")
+    if not config.max_grad_norm > 0:
+        raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
+    if not config.max_loss_jump > 0:
+        raise UserError(f"max_loss_jump={config.max_loss_jump} must be positive; inf skips no loss that is finite")
+    if config.warmup > config.steps:
+        raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: shorten it")
+    if 0 < config.restart_every < config.restart_warmup:
+        raise UserError(
+            f"restart_warmup={config.restart_warmup} is longer than restart_every={config.restart_every}: "
+            "the rate would never recover; shorten the ramp"
+        )
+    if config.rank > 0:
+        _check_cycles(config)
+    if config.batch_size % config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} must divide batch_size={config.batch_size}, so that every "
+            "update sees as many sequences"
+        )
+    for name in ("threads", "keep_every"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be a whole number of at least 1")
+    if config.vocab_size is not None and config.vocab_size < 257:
+        raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
+    parse_prune(config.prune)
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Refuse what config.toml cannot say: a path of bytes that are no UTF-8 comes as text with surrogates."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{name}={text!r} is not UTF-8: rename the file or folder") from error
+
+
+def _check_cycles(config: Config) -> None:
+    """Refuse a run that would end before what it asks for begins."""
+    if config.warm_start >= config.steps:
+        raise UserError(
+            f"warm_start={config.warm_start} leaves no low-rank update in steps={config.steps}: shorten it, or give "
+            "rank 0 to train at full rank"
+        )
+    first = config.warm_start + config.restart_every
+    if config.restart_every > 0 and first > config.steps:
+        raise UserError(
+            f"restart_every={config.restart_every} puts the first restart after update {first}, beyond "
+            f"steps={config.steps}: shorten it, or give 0 for no restart"
+        )
+
+
+def parse_prune(text: str) -> tuple[str, float | None]:
+    """Read "reset", "keep", "magnitude:0.9" or "random:0.99" as (name, ratio)."""
+    name, _, ratio = text.partition(":")
+    if name in ("reset", "keep") and not ratio:
+        return name, None
+    try:
+        share = float(ratio)
+    except ValueError:
+        share = math.nan
+    if name in ("magnitude", "random") and 0 <= share <= 1:
+        return name, share
+    raise UserError(f"prune={text!r} is not known: reset, keep, magnitude:0.9 or random:0.99, with a share of 0 to 1")
