@@ -1,6 +1,6 @@
 """From a configuration to what is trained: the model's shape and the optimizer.
 
-The selected matrices train at `lr`, with factors or without; embeddings, head and norms train at `rest_lr`.
+The selected matrices train at `lr`, with factors or without; all else, embeddings, head and norms, trains at `rest_lr`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .export import MODEL_CONFIG
 from .limits import parse_prune
 from .model import PRESETS, LlamaConfig, load_config
 from .place import find_trained
+from .tokens import own_ends
 
 _OUTER = {"cosine": cosine, "linear": linear, "wsd": wsd}
 _PRUNE: dict[str, Callable[..., prune.Strategy]] = {
@@ -42,7 +43,11 @@ def model_config(config: Config) -> LlamaConfig:
 
 
 def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> LlamaConfig:
-    """Give a preset the tokenizer's vocabulary; hold any other model against it."""
+    """Give a preset the tokenizer's vocabulary; hold any other model against it.
+
+    Texts end with what the corpus ends them with, unless the weights of the model have learned another end already:
+    that of a shape without weights is of the tokenizer that it was written for.
+    """
     size = corpus.vocab_size
     if config.preset is not None:
         longest = max(shape.max_position_embeddings, config.seq_len)
@@ -56,7 +61,20 @@ def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> Llama
             f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="
             f"{shape.max_position_embeddings}: shorten it"
         )
-    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=corpus.eos_id)
+    if config.init_from is None or not shape.ends:
+        return replace(shape, bos_token_id=None, eos_token_id=corpus.eos_id)
+    ends = own_ends(corpus.tokenizer, shape.ends)
+    if ends and corpus.eos_id not in ends:
+        raise UserError(
+            f"the texts end with {_shown(corpus.eos_id, corpus)}, and those of init_from={config.init_from!r} with "
+            f"{', '.join(_shown(end, corpus) for end in ends)}: tokenize them with that model's folder as "
+            "--tokenizer, or correct its eos_token_id"
+        )
+    return shape
+
+
+def _shown(token: int, corpus: Corpus) -> str:
+    return f"token {token} ({corpus.tokenizer.id_to_token(token)!r})"
 
 
 def make_optimizer(model: nn.Module, config: Config) -> ReLoRAOptimizer:

@@ -54,7 +54,9 @@ class Config:
 
     base: str = _option("Base optimizer: adamw, sgd or muon. (default: adamw)", panel=_RATES)
     lr: float = _option("Learning rate of the selected weights. (default: by preset)", panel=_RATES)
-    rest_lr: float = _option("Learning rate of embeddings, head and norms. (default: by preset, or lr)", panel=_RATES)
+    rest_lr: float = _option(
+        "Learning rate of what is no target: embeddings, head, norms. (default: by preset, or lr)", panel=_RATES
+    )
     outer: str = _option("Schedule: cosine, linear, wsd or constant. (default: cosine)", panel=_RATES)
     warmup: int = _option("Updates of linear warm-up. (default: a twentieth of the run)", panel=_RATES)
     min_ratio: float = _option("The schedule's end, as a share of its peak. (default: 0.1)", panel=_RATES)

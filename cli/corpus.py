@@ -39,8 +39,12 @@ from .tokens import (
     check_round_trip,
     default_cache_folder,
     end_of_text_id,
+    ends_beside,
+    is_same,
     load_tokenizer,
+    usual_end,
     vocabulary_size,
+    without_template,
 )
 
 
@@ -62,7 +66,8 @@ class Corpus:
 
     @property
     def eos_id(self) -> int:
-        return end_of_text_id(self.tokenizer)
+        """The token that ends every document, the last held-out one among them."""
+        return int(self.val[-1])
 
     @property
     def vocab_size(self) -> int:
@@ -151,21 +156,35 @@ def train_tokenizer(sources: Sequence[str], settings: Settings, *, pace: Pace | 
     return _plan(sources, settings, default_cache_folder(), pace or _silent()).tokenizer
 
 
-def encode_sources(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str) -> tuple[Stream, int, int]:
+def encode_sources(
+    sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, end: int
+) -> tuple[Stream, int, int]:
     """Return all documents of some sources as one stream, in memory, how many they are, and their bytes as UTF-8.
+
+    Args:
+        end: the token behind every document.
 
     Raises:
         UserError: for sources that cannot be read, or hold no text.
     """
     parts = (SplitPart(part.text, part.is_last, False) for part in read_sources(find_sources(sources), text_field))
     streams, num_documents, num_bytes = [], 0, 0
-    for encoded in encode_pieces(cut_pieces(parts), tokenizer):
+    for encoded in encode_pieces(cut_pieces(parts), tokenizer, end=end):
         streams.append(encoded.ids["train"])
         num_documents += encoded.num_documents["train"]
         num_bytes += encoded.num_bytes["train"]
     if not streams:
         raise UserError(f"data={', '.join(sources)} holds no text: give sources with at least one document")
     return np.concatenate(streams), num_documents, num_bytes
+
+
+def gives_back(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str) -> bool:
+    """Tell whether a tokenizer gives back samples of the documents of some sources."""
+    read = partial(read_sources, find_sources(sources), text_field)
+    with suppress(UserError):
+        check_round_trip(tokenizer, take_census(read).sample)
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -175,22 +194,25 @@ class _Plan:
     read: Read
     census: Census
     tokenizer: Tokenizer
+    end: int
     key: str
 
 
 def _plan(sources: Sequence[str], settings: Settings, folder: Path | None, pace: Pace) -> _Plan:
-    given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
-    if given is not None:
-        end_of_text_id(given)
+    given, end = None, 0
+    if settings.tokenizer is not None:
+        given = load_tokenizer(settings.tokenizer)
+        end = end_of_text_id(given, ends_beside(settings.tokenizer))
     read = partial(read_sources, find_sources(sources), settings.text_field)
     with pace.stage("reading", total=None) as advance:
         census = take_census(read, val_share=settings.val_share, advance=advance)
     if census.num_documents == 0:
         raise UserError(f"data={', '.join(sources)} holds no text: give sources with at least one document")
     tokenizer = given or _trained(read, census, settings.vocab_size, folder, pace)
+    end = end if given else end_of_text_id(tokenizer)
     if not settings.allow_lossy:
         check_round_trip(tokenizer, census.sample)
-    return _Plan(read, census, tokenizer, _key(census, tokenizer))
+    return _Plan(read, census, tokenizer, end, _key(census, tokenizer, end))
 
 
 def _trained(read: Read, census: Census, vocab_size: int, folder: Path | None, pace: Pace) -> Tokenizer:
@@ -209,10 +231,11 @@ def _digest(census: Census) -> str:
     return _hashed(census.digest, repr(census.split))
 
 
-def _key(census: Census, tokenizer: Tokenizer) -> str:
-    """Return a digest of everything that decides the streams."""
+def _key(census: Census, tokenizer: Tokenizer, end: int) -> str:
+    """Return a digest of everything that decides the streams; an end by another name is a part of it where it is."""
     cuts = f"{FORMAT} {MOST_CHARACTERS} {PIECE} {JOINT}"
-    return _hashed(_digest(census), tokenizer.to_str(), tokenizers.__version__, cuts)
+    other = [] if end == usual_end(tokenizer) else [str(end)]
+    return _hashed(_digest(census), without_template(tokenizer).to_str(), tokenizers.__version__, cuts, *other)
 
 
 def _hashed(*decisive: str) -> str:
@@ -272,7 +295,7 @@ def _write(plan: _Plan, place: Path, advance: Advance) -> None:
         if chain != writer.chain:  # the texts changed while they were tokenized, and were changed back
             writer.begin_anew()
             pieces = cut_pieces(split_parts(plan.read, plan.census))
-        for encoded in encode_pieces(pieces, plan.tokenizer):
+        for encoded in encode_pieces(pieces, plan.tokenizer, end=plan.end):
             writer.append(encoded)
             advance(encoded.piece.num_bytes)
         writer.finish()
@@ -289,7 +312,7 @@ def _found(plan: _Plan, place: Path) -> Corpus:
 def _opened(folder: Path, settings: Settings) -> Corpus:
     """Return the corpus in a folder that `tokenize` made."""
     tokenizer = load_tokenizer(folder)
-    if settings.tokenizer is not None and load_tokenizer(settings.tokenizer).to_str() != tokenizer.to_str():
+    if settings.tokenizer is not None and not is_same(load_tokenizer(settings.tokenizer), tokenizer):
         raise UserError(
             f"tokenizer={str(settings.tokenizer)!r} is not the one that made data={str(folder)!r}: leave it out, or "
             "tokenize again"

@@ -7,8 +7,9 @@
     here                     sequences and batches
 
 A block is seq_len + 1 consecutive tokens; blocks start every seq_len tokens, so each has one token of look-ahead and
-every token but the first is predicted once an epoch. The batch of an index is a function of (seed, index) alone: to
-resume is to ask for the same index. Streams stay on the disk; the order of an epoch takes 8 bytes a block.
+every token is predicted once an epoch, but for the first and what is left at the end, less than a block. The batch of
+an index is a function of (seed, index) alone: to resume is to ask for the same index. Streams stay on the disk; the
+order of an epoch takes 8 bytes a block.
 """
 
 from __future__ import annotations

@@ -87,13 +87,16 @@ def chained(chain: str, digest: str) -> str:
     return hashlib.sha256(f"{chain} {digest}".encode()).hexdigest()
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Encoded]:
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, *, end: int | None = None) -> Iterator[Encoded]:
     """Encode pieces, in order. Special tokens spelled out in a document are ordinary text.
+
+    Args:
+        end: the token behind every document; None is the one that the tokenizer has for it.
 
     Raises:
         UserError: where the tokenizer cannot encode a text, or has no end-of-text token.
     """
-    encode, num_threads = _Encoder(tokenizer), num_cores()
+    encode, num_threads = _Encoder(tokenizer, end_of_text_id(tokenizer) if end is None else end), num_cores()
     pieces, waiting = iter(pieces), deque[Future[Encoded]]()
     with _without_threads_of_tokenizers(), ThreadPoolExecutor(num_threads) as threads:
         try:
@@ -119,11 +122,11 @@ def _without_threads_of_tokenizers() -> Iterator[None]:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, end: int) -> None:
         self._tokenizer = literal(tokenizer)
         self._prepends_space = prepends_space(tokenizer)
         self._dtype = id_dtype(vocabulary_size(tokenizer))
-        self._end = np.array([end_of_text_id(tokenizer)], self._dtype)
+        self._end = np.array([end], self._dtype)
 
     def __call__(self, piece: Piece) -> Encoded:
         ids: dict[str, list[Stream]] = {side: [np.empty(0, self._dtype)] for side in SIDES}

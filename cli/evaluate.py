@@ -72,7 +72,7 @@ def evaluate(
     folder: Path,
     *,
     data: Sequence[str] = (),
-    text_field: str = "text",
+    text_field: str | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
@@ -85,7 +85,7 @@ def evaluate(
     Args:
         folder: a run, an export, a checkpoint, or any Hugging Face Llama with a tokenizer.json: see place.py.
         data: sources, all of whose documents are read: see data.py. Empty means those that the model's run holds out.
-        text_field: the key of the text in .jsonl lines and datasets.
+        text_field: the key of the text in .jsonl lines and datasets; None means as in the model's run, or "text".
         seq_len, batch_size, dtype, num_sequences: see `Reading`. None means as in the model's run, but a whole text
             some 2,048 tokens at a time; of models that have no run, as in `Reading`, but in sequences no longer than
             the model's window.
@@ -102,7 +102,8 @@ def evaluate(
     reading = _reading(config, window, {name: value for name, value in given.items() if value is not None})
     console = console or Console(quiet=True)
     if data:
-        text = given_text(data, trained.tokenizer, text_field=text_field)
+        own = "text" if config is None else config.text_field or "text"
+        text = given_text(data, trained.tokenizer, text_field=text_field or own, ends=trained.ends)
     else:
         text = _held_out(trained.place, config, Pace(console))
     precision = autocast_dtype(reading.dtype, trained.model.lm_head.weight.device)
@@ -139,8 +140,12 @@ def _reading(config: Config | None, window: int, given: dict[str, Any]) -> Readi
 def _held_out(place: Place, config: Config | None, pace: Pace) -> Text:
     if place.run is None or config is None:
         raise UserError(f"{place.weights} is not the folder of a run, so that no text is held out: give --data")
-    is_recorded = (place.weights / RECORD).is_file()  # neither an export nor a checkpoint of old
-    fingerprint = read_progress(place.weights).corpus if is_recorded else None
+    if not (place.weights / RECORD).is_file():  # an export, or a checkpoint of old
+        raise UserError(
+            f"{place.weights} does not say what it was trained on, and the texts of {place.run} may have changed: "
+            "give --data"
+        )
+    fingerprint = read_progress(place.weights).corpus
     return held_out_text(place.run, config, fingerprint=fingerprint, pace=pace)
 
 

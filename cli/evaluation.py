@@ -26,7 +26,7 @@ class Evaluation:
         loss: nats per token.
         num_tokens: that were predicted.
         num_documents: in the text.
-        num_bytes: of the text, as UTF-8; None where only some of its tokens were predicted.
+        num_bytes: of the text, as UTF-8; None where only some of its tokens were predicted, or they lose some of it.
         seq_len: how many tokens a sequence has.
         dtype: of matrix products.
     """

@@ -17,7 +17,7 @@ from .errors import UserError
 from .export import TOKENIZER
 from .place import find_trained
 from .store import is_store
-from .tokens import load_tokenizer, vocabulary_size
+from .tokens import is_same, load_tokenizer, vocabulary_size
 
 _OF_TEXTS = ("text_field", "val_share", "allow_lossy")
 
@@ -47,6 +47,7 @@ def agreed(config: Config, *, vocab_size: int) -> Config:
     """
     store = _store(config.data)
     _check_ids(config, store)
+    _check_apart(config)
     known = store or tokenizer_file(config)
     if known is None:
         config = replace(config, vocab_size=config.vocab_size or vocab_size)
@@ -75,6 +76,18 @@ def _store(sources: Sequence[str]) -> Path | None:
     return Path(sources[0]) if len(sources) == 1 and is_store(Path(sources[0])) else None
 
 
+def _check_apart(config: Config) -> None:
+    """Refuse a run in the folder of its texts, which would be among them when it is to go on."""
+    out = Path(config.out).resolve()
+    for source in config.data:
+        folder = Path(source).resolve()
+        if folder.is_dir() and (out == folder or folder in out.parents):
+            raise UserError(
+                f"out={config.out!r} lies in data={source!r}, so that what the run writes would be read as texts: give "
+                "another folder"
+            )
+
+
 def _check_ids(config: Config, store: Path | None) -> None:
     """Refuse tokens whose ids do not mean to a model what they meant when it was trained."""
     if config.init_from is None:
@@ -82,13 +95,13 @@ def _check_ids(config: Config, store: Path | None) -> None:
     own = find_trained(Path(config.init_from)).shape / TOKENIZER
     if not own.is_file():
         return
-    ids = load_tokenizer(own).to_str()
-    if config.tokenizer is not None and load_tokenizer(config.tokenizer).to_str() != ids:
+    known = load_tokenizer(own)
+    if config.tokenizer is not None and not is_same(load_tokenizer(config.tokenizer), known):
         raise UserError(
             f"tokenizer={config.tokenizer!r} is not the one of init_from={config.init_from!r}, whose weights know the "
             "ids of their own alone: leave it out"
         )
-    if store is not None and load_tokenizer(store).to_str() != ids:
+    if store is not None and not is_same(load_tokenizer(store), known):
         raise UserError(
             f"data={str(store)!r} was tokenized by another tokenizer than that of init_from={config.init_from!r}: "
             f"tokenize again with --tokenizer {own}"

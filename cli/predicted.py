@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import Config
-from .corpus import Settings, encode_sources, prepare
+from .corpus import Settings, encode_sources, gives_back, prepare
 from .data import Batches
 from .errors import UserError
 from .export import TOKENIZER
@@ -37,32 +37,41 @@ class Text:
         tokens: (n,), each document's and its end of text.
         end: the end-of-text token.
         num_documents: how many they are.
-        num_bytes: of their text, as UTF-8.
+        num_bytes: of their text, as UTF-8; None where the tokens do not hold all of it.
         name: what to call them.
     """
 
     tokens: Stream
     end: int
     num_documents: int
-    num_bytes: int
+    num_bytes: int | None
     name: str
 
 
-def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str) -> Text:
-    """Return all documents of some sources. Raises UserError where they cannot be read."""
+def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, ends: Sequence[int] = ()) -> Text:
+    """Return all documents of some sources.
+
+    Args:
+        ends: what the model ends its texts with.
+
+    Raises:
+        UserError: where they cannot be read.
+    """
     for source in sources:
         if is_store(Path(source)):
             raise UserError(f"data={source!r} is a tokenized corpus, training texts included: give texts to evaluate")
-    tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field)
-    return Text(tokens, end_of_text_id(tokenizer), num_documents, num_bytes, ", ".join(sources))
+    end = end_of_text_id(tokenizer, ends)
+    tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field, end=end)
+    is_whole = gives_back(sources, tokenizer, text_field=text_field)
+    return Text(tokens, end, num_documents, num_bytes if is_whole else None, ", ".join(sources))
 
 
-def held_out_text(run: Path, config: Config, *, fingerprint: str | None, pace: Pace | None = None) -> Text:
+def held_out_text(run: Path, config: Config, *, fingerprint: str, pace: Pace | None = None) -> Text:
     """Return the documents that a run holds out.
 
     Args:
         run, config: its folder, and what it says.
-        fingerprint: of the texts that the evaluated checkpoint was trained on; None where nobody knows.
+        fingerprint: of the texts that the evaluated checkpoint was trained on.
         pace: shows how far reading and tokenizing is.
 
     Raises:
@@ -73,12 +82,13 @@ def held_out_text(run: Path, config: Config, *, fingerprint: str | None, pace: P
         corpus = prepare(config.data, settings, seq_len=config.seq_len, pace=pace)
     except UserError as error:
         raise UserError(f"the texts of {run} cannot be had: {error}; or give others with --data") from error
-    if fingerprint is not None and not corpus.is_known_as(fingerprint):
+    if not corpus.is_known_as(fingerprint):
         raise UserError(
             f"the texts are not those that {run} was trained on (data={list(config.data)}): restore them, or "
             "give --data"
         )
-    return Text(corpus.val, corpus.eos_id, corpus.num_val_documents, corpus.num_val_bytes, f"held out by {run}")
+    num_bytes = None if config.allow_lossy else corpus.num_val_bytes
+    return Text(corpus.val, corpus.eos_id, corpus.num_val_documents, num_bytes, f"held out by {run}")
 
 
 def drawn_sequences(tokens: Stream, *, seq_len: int, num_sequences: int = VALIDATION_SEQUENCES) -> Tensor:

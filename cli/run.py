@@ -45,6 +45,7 @@ from .parallel import World
 from .place import find_trained
 from .progress import Progress
 from .shard import shard
+from .tokens import without_template
 from .writer import Writer
 
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
@@ -119,6 +120,8 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     processes.check_alike(
         corpus.fingerprint, lambda _: f"the texts are not those of rank 0 (data={list(config.data)}): copy those"
     )
+    if config.init_from is None:
+        corpus = replace(corpus, tokenizer=without_template(corpus.tokenizer))
     shape = with_vocabulary(shape, corpus, config)
     processes.check_alike(shape, lambda other: f"the model is {shape}, and {other} on rank 0: give all the same")
     device = find_device(config.device)

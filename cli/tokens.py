@@ -194,13 +194,57 @@ def _excerpt(text: str, at: int) -> str:
     return repr(text[max(0, at - 10) : at + 20])
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends a document. Raises UserError when the tokenizer has none that we know."""
-    for token in _FOREIGN_ENDS:
-        found: int | None = tokenizer.token_to_id(token)
-        if found is not None:
-            return found
+def end_of_text_id(tokenizer: Tokenizer, own: Iterable[int] = ()) -> int:
+    """Return the id of the token that ends a document.
+
+    Args:
+        own: what a model ends its texts with, whose tokenizer this is; the one of them that we know by its name, or the
+            first.
+
+    Raises:
+        UserError: where there is none, and the tokenizer has none that we know.
+    """
+    ends, known = own_ends(tokenizer, own), _known_ends(tokenizer)
+    for number in (*(number for number in known if number in ends), *ends, *known):
+        return number
     raise UserError(f"tokenizer has none of {', '.join(_FOREIGN_ENDS)}: add one of them as its end-of-text token")
+
+
+def own_ends(tokenizer: Tokenizer, ends: Iterable[int]) -> list[int]:
+    """Return those of a model's ends that are special tokens of this tokenizer: others belong to another one."""
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return [number for number in ends if number in special]
+
+
+def usual_end(tokenizer: Tokenizer) -> int | None:
+    """Return the token that ends a document where no model says otherwise; None where there is none that we know."""
+    return next(iter(_known_ends(tokenizer)), None)
+
+
+def _known_ends(tokenizer: Tokenizer) -> list[int]:
+    return [number for name in _FOREIGN_ENDS if (number := tokenizer.token_to_id(name)) is not None]
+
+
+def ends_beside(path: Path | str) -> tuple[int, ...]:
+    """Return what ends the texts of the model whose tokenizer this is: what the config.json beside it says, if any."""
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    try:
+        ends = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, LookupError, TypeError):  # no model's
+        return ()
+    return tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int)
+
+
+def is_same(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Tell whether two tokenizers give a text the same ids, whatever they put around it."""
+    return without_template(tokenizer).to_str() == without_template(other).to_str()
+
+
+def without_template(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that puts no token before or behind a text, as none stands there in training."""
+    if not tokenizer.encode("").ids:
+        return tokenizer
+    return Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "post_processor": None}))
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -26,8 +26,7 @@ class Trained:
     @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        end = self.model.config.eos_token_id
-        return end if isinstance(end, tuple) else () if end is None else (end,)
+        return self.model.config.ends
 
 
 def load_trained(folder: Path, *, device: str) -> Trained:

@@ -23,11 +23,13 @@ from relora_opt_cli.errors import UserError
 from relora_opt_cli.evaluate import Reading, evaluate
 from relora_opt_cli.evaluation import Evaluation
 from relora_opt_cli.metrics import read_metrics
-from relora_opt_cli.predicted import Text, all_sequences
+from relora_opt_cli.predicted import Text, all_sequences, given_text
 from relora_opt_cli.resolution import resolve
 from relora_opt_cli.train import start_run
+from relora_opt_cli.trained import load_trained
 from safetensors.torch import save_file
 from tokenizer import END
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 LONG = dataclasses.replace(CONFIG, max_position_embeddings=64, num_hidden_layers=2)
 DOCUMENTS = ["naïve 世界 🌍! " * 5, "a second one", "the third document is longer than the second"]
@@ -269,3 +271,45 @@ def test_a_perplexity_beyond_all_numbers_is_none_in_json() -> None:
     found = Evaluation(Path("m"), "d", 1000.0, num_tokens=1, num_documents=1, num_bytes=1, seq_len=1, dtype="float32")
     assert found.perplexity == math.inf
     assert json.loads(found.to_json())["perplexity"] is None
+
+
+def test_documents_end_with_the_models_own_end(tmp_path: Path, texts: Path) -> None:
+    folder = write_export(tmp_path / "model", dataclasses.replace(LONG, vocab_size=258, eos_token_id=257))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    found = load_trained(folder, device="cpu")
+    text = given_text([str(texts)], found.tokenizer, text_field="text", ends=found.ends)
+    assert text.end == 257
+    assert (text.tokens == 257).sum() == len(DOCUMENTS)
+    assert not (text.tokens == END).any()
+
+
+def test_bytes_that_the_tokens_do_not_hold_are_not_counted(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "model", LONG)
+    tokenizer = Tokenizer(models.WordLevel({"say": 0, "now": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("say what nobody knows now")
+    found = evaluate(folder, data=[str(tmp_path / "a.txt")])
+    assert (found.num_bytes, found.bits_per_byte) == (None, None)
+    assert math.isfinite(found.loss)
+
+
+def test_texts_that_nobody_can_hold_against_a_record_are_not_taken_for_held_out(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(UserError, match=r"copied/export does not say what it was trained on.*: give --data"):
+        evaluate(copied)
+
+
+def test_the_key_of_a_text_is_the_runs_unless_given(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace('text_field = "text"', 'text_field = "content"'))
+    lines = tmp_path / "two.jsonl"
+    lines.write_text(json.dumps({"text": "abacus", "content": "brick brick brick"}) + "\n")
+    own, other = evaluate(copied, data=[str(lines)]), evaluate(copied, data=[str(lines)], text_field="text")
+    assert (own.num_bytes, other.num_bytes) == (17, 6)
+    assert evaluate(run / "export", data=[str(lines)], seq_len=16).num_bytes == 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from relora_opt_cli.tokens import fit_tokenizer
 from relora_opt_cli.train import resume_run
 from safetensors.torch import load_file
 from tiny import options, rows, train, write_texts
+from tokenizer import END, byte_tokenizer
+from tokenizers import processors
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +147,73 @@ def test_a_run_or_a_checkpoint_of_it_is_gone_on_from(tmp_path: Path) -> None:
     (earlier / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"model\.safetensors"):
         new_run(resolve(options(tmp_path, model=None, init_from=str(earlier), out=str(tmp_path / "third"))), World())
+
+
+def two_ends(folder: Path) -> Path:
+    """Write a model that ends its texts with "</s>", and whose tokenizer has "<|endoftext|>" as well."""
+    write_export(folder, replace(CONFIG, vocab_size=258, eos_token_id=257, max_position_embeddings=16))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def begun(tmp_path: Path, **changes: Any) -> rooms.Run:
+    return new_run(resolve(options(tmp_path, vocab_size=None, **{"model": None, **changes})), World())
+
+
+def test_texts_end_with_what_the_weights_have_learned_as_their_end(tmp_path: Path) -> None:
+    model = two_ends(tmp_path / "model")
+    run = begun(tmp_path, init_from=str(model))
+    assert (run.corpus.eos_id, run.model.config.eos_token_id) == (257, 257)
+    assert (run.corpus.train == 257).any()
+    assert not (run.corpus.train == END).any()
+    usual = begun(tmp_path, tokenizer=str(model / "tokenizer.json"), model=str(model / "config.json"))
+    assert usual.corpus.eos_id == 257  # the model's, which lies beside it
+    alone = shutil.copy(model / "tokenizer.json", tmp_path / "alone.json")
+    assert begun(tmp_path, tokenizer=str(alone), model=str(model / "config.json")).corpus.eos_id == END
+
+
+def test_tokens_with_another_end_than_the_weights_have_learned_are_refused(tmp_path: Path) -> None:
+    model = two_ends(tmp_path / "model")
+    alone = shutil.copy(model / "tokenizer.json", tmp_path / "alone.json")
+    write_texts(tmp_path / "texts")
+    for name, tokenizer in (("other", alone), ("own", model)):
+        tokenize([str(tmp_path / "texts")], Settings(tokenizer=tokenizer, val_share=0.3), tmp_path / name)
+    begun(tmp_path, init_from=str(model), data=[str(tmp_path / "own")])
+    with pytest.raises(
+        UserError, match=r"end with token 256 \('<|endoftext|>'\), and those of init_from='.*model' with token 257"
+    ):
+        begun(tmp_path, init_from=str(model), data=[str(tmp_path / "other")])
+
+
+def test_a_shape_without_weights_ends_texts_as_its_tokenizer_does(tmp_path: Path) -> None:
+    given = options(tmp_path)
+    shape = json.loads(Path(given["model"]).read_text())
+    Path(given["model"]).write_text(json.dumps({**shape, "bos_token_id": 1, "eos_token_id": [2, 3]}))
+    run = new_run(resolve(given), World())
+    assert run.model.config.eos_token_id == run.corpus.eos_id == run.corpus.tokenizer.token_to_id("<|endoftext|>")
+    assert run.model.config.bos_token_id is None
+
+
+def test_a_run_from_scratch_puts_no_token_before_a_text_that_training_does_not_put_there(tmp_path: Path) -> None:
+    model = write_export(tmp_path / "model", replace(CONFIG, vocab_size=258, max_position_embeddings=16))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    scratch = begun(tmp_path, tokenizer=str(model), model=str(model / "config.json"))
+    assert scratch.corpus.tokenizer.encode("a").ids == byte_tokenizer().encode("a").ids
+    learned = begun(tmp_path, init_from=str(model))
+    assert learned.corpus.tokenizer.encode("a").ids[0] == 257  # its weights know it
+    assert (learned.corpus.train == scratch.corpus.train).all()
+
+
+@pytest.mark.parametrize("out", [".", "run", "runs/a"])
+def test_a_run_in_the_folder_of_its_texts_is_refused(tmp_path: Path, out: str) -> None:
+    texts = write_texts(tmp_path / "texts")
+    (tmp_path / "link").symlink_to(texts)
+    for data in (texts, tmp_path / "link"):
+        given = resolve(options(tmp_path, data=[str(data)], out=str(texts / out)))
+        with pytest.raises(UserError, match=r"out='.*' lies in data='.*', so that what the run writes would be read"):
+            new_run(given, World())

@@ -1,5 +1,6 @@
 """A tokenizer gives every text back, and the tokens depend on nothing but the documents."""
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -22,12 +23,15 @@ from relora_opt_cli.tokens import (
     check_round_trip,
     default_cache_folder,
     end_of_text_id,
+    ends_beside,
     fit_tokenizer,
+    is_same,
     load_tokenizer,
     training_sample,
     vocabulary_size,
+    without_template,
 )
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 TEXTS = sentences(60)
 TOKENIZER = fit_tokenizer(TEXTS, vocab_size=300)
@@ -351,3 +355,50 @@ def test_the_default_cache_folder_is_looked_up_at_the_call(monkeypatch: pytest.M
     assert default_cache_folder() == Path("/home/me/.cache/relora-opt")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert default_cache_folder() is None
+
+
+def test_a_model_says_what_ends_its_texts_and_the_names_that_we_know_choose_among_several() -> None:
+    tokenizer = fit_tokenizer([], vocab_size=257)
+    tokenizer.add_special_tokens(["</s>", "<|im_end|>"])
+    usual, other, foreign = (tokenizer.token_to_id(name) for name in (END_OF_TEXT, "</s>", "<|im_end|>"))
+    assert end_of_text_id(tokenizer) == usual
+    assert end_of_text_id(tokenizer, [other]) == other
+    assert end_of_text_id(tokenizer, [foreign]) == foreign
+    assert end_of_text_id(tokenizer, [foreign, other]) == other
+    letter = tokenizer.token_to_id("a")  # the end of another tokenizer's
+    assert end_of_text_id(tokenizer, [letter, 100_000]) == usual
+
+
+@pytest.mark.parametrize(
+    ("config", "ends"),
+    [
+        ({"eos_token_id": 2}, (2,)),
+        ({"eos_token_id": [5, 2]}, (5, 2)),
+        ({"eos_token_id": None}, ()),
+        ({"eos_token_id": [True, "2", 3]}, (3,)),
+        ({}, ()),
+        ([], ()),
+        ("text", ()),
+    ],
+    ids=str,
+)
+def test_the_ends_of_a_model_stand_beside_its_tokenizer(tmp_path: Path, config: object, ends: tuple[int, ...]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").touch()
+    assert ends_beside(tmp_path) == ends_beside(tmp_path / "tokenizer.json") == ends
+    assert ends_beside(tmp_path / "no" / "tokenizer.json") == ()
+
+
+def test_a_tokenizer_without_its_template_puts_nothing_around_a_text_and_is_the_same() -> None:
+    tokenizer = fit_tokenizer([], vocab_size=257)
+    plain = tokenizer.to_str()
+    assert without_template(tokenizer).to_str() == plain
+    tokenizer.add_special_tokens(["<s>"])
+    before = tokenizer.encode("a b").ids
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    assert tokenizer.encode("a b").ids == [257, *before]
+    assert without_template(tokenizer).encode("a b").ids == before
+    assert is_same(tokenizer, without_template(tokenizer))
+    assert not is_same(tokenizer, fit_tokenizer([], vocab_size=257))

@@ -77,13 +77,18 @@ class LlamaConfig:
             raise UserError(f"head_dim={self.head_size} must be even: rotary positions turn pairs of channels")
 
     def _check_token_ids(self) -> None:
-        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)):
+        for name, value in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in self.ends)):
             if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
                 raise UserError(
                     f"{name}={value!r} must be a whole number below vocab_size={self.vocab_size}: "
                     "use the tokenizer that belongs to this config"
                 )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        end = self.eos_token_id
+        return end if isinstance(end, tuple) else () if end is None else (end,)
 
     @property
     def kv_heads(self) -> int:
