@@ -384,8 +384,8 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseExce
     """Raise once `count` pieces are encoded, the first time."""
     encode_pieces = encoding.encode_pieces
 
-    def stopping(*arguments: Any) -> Iterator[Any]:
-        for number, piece in enumerate(encode_pieces(*arguments)):
+    def stopping(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, piece in enumerate(encode_pieces(*arguments, **options)):
             if number == count:
                 raise error
             yield piece
@@ -398,8 +398,8 @@ def count_pieces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     encode_pieces = encoding.encode_pieces
 
-    def counting(*arguments: Any) -> Iterator[Any]:
-        for piece in encode_pieces(*arguments):
+    def counting(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for piece in encode_pieces(*arguments, **options):
             seen.append(piece)
             yield piece
 
