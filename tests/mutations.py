@@ -416,11 +416,11 @@ MUTATIONS = (
         ("test_contract_traps.py", "gives_a_16_bit_model_its_masters"),
     ),
     Mutation(
-        "forget the functional models at a load",
+        "forget what no state holds at every load",
         "optimizer.py",
         'if not hasattr(self, "_functionals"):',
         "if True:",
-        ("test_functional.py", "rollback_across_the_switch and False"),
+        ("test_laws_step.py", "loaded_in_the_middle"),
     ),
     Mutation(
         "swap a shared module once for each of its names",
