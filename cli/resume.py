@@ -108,12 +108,16 @@ def restored_run(config: Config, checkpoint: Path, processes: World) -> Run:
 
 
 def cut_metrics(run: Run) -> Row | None:
-    """Drop the rows of updates that will be made again; drop and return one whose evaluation a lost process cut off."""
+    """Drop the rows of updates that will be made again; drop and return the checkpoint's own where it owes a loss.
+
+    That is one whose evaluation a lost process cut off, and one at which the run is to end by now.
+    """
     path, update = run.folder / METRICS, run.progress.update
     rows = read_metrics(path) if path.exists() else []
-    last = rows[-1] if rows else None
-    if last is not None and last.update == update > 0 and last.val_loss is None and is_evaluated(run.config, update):
-        run.unevaluated = rows.pop()
+    own = next((row for row in rows if row.update == update), None)
+    if own is not None and update > 0 and own.val_loss is None and is_evaluated(run.config, update):
+        run.unevaluated = own
+        rows.remove(own)
     if path.exists() and run.config.log:
         remember(run.folder, last=max((row.update for row in rows), default=-1))
     truncate_metrics(path, after_update=first_update(run) - 1)

@@ -65,7 +65,7 @@ class Run:
     progress: Progress
     processes: World
     writer: Writer = field(default_factory=Writer)  # of checkpoints
-    unevaluated: Row | None = None  # what a lost process kept from being evaluated, before the run was resumed
+    unevaluated: Row | None = None  # of the update that the run goes on after, where it owes an evaluation
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run is held against
     lock: Lock | None = None  # of the folder; the main process holds it
     saved: int | None = None  # update of the checkpoint that this run has written last, or was restored from

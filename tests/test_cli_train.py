@@ -166,6 +166,19 @@ def test_a_run_that_was_killed_at_its_very_end_is_closed_by_resuming(tmp_path: P
     assert read_progress(last).is_finished
 
 
+def test_a_run_that_ends_at_an_earlier_checkpoint_is_evaluated_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = stopped(train(tmp_path, save_every=5, keep=100, eval_every=4), 15)
+    assert rows(part)[15].val_loss is None
+    capsys.readouterr()
+    resume_run(part, {"steps": 15})
+    last = rows(part)[-1]
+    assert (last.update, len(rows(part))) == (15, 16)
+    assert last.val_loss not in (None, rows(part)[12].val_loss)
+    assert f"validation loss at the end     {last.val_loss:.4f}" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
