@@ -21,12 +21,14 @@ class Listed:
     Args:
         update: updates applied when it was written.
         val_loss: the latest validation loss then, nats per token; None where there was none yet, or it cannot be read.
+        val_update: the update after which it was measured; None where there is none, or an older run has not noted it.
         size: of all its files, in bytes.
         damage: what is wrong with it; None where every byte is as it was written.
     """
 
     update: int
     val_loss: float | None
+    val_update: int | None
     size: int
     damage: str | None
 
@@ -46,23 +48,33 @@ def list_checkpoints(run: Path) -> list[Listed]:
 def print_checkpoints(listed: list[Listed], *, console: Console) -> None:
     """Print the table."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for name in ("update", "val loss", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("update", justify="right", no_wrap=True)
+    table.add_column("val loss", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for line in listed:
-        loss = "-" if line.val_loss is None else f"{line.val_loss:.4f}"
-        table.add_row(f"{line.update:,}", loss, show_bytes(line.size), Text(line.damage or "whole"))
+        table.add_row(f"{line.update:,}", _loss(line), show_bytes(line.size), Text(line.damage or "whole"))
     console.print(table)
 
 
+def _loss(line: Listed) -> str:
+    """Return the loss, and when it was measured where that is not when the checkpoint was written."""
+    if line.val_loss is None:
+        return "-"
+    when = "?" if line.val_update is None else f"{line.val_update:,}"
+    return f"{line.val_loss:.4f}" + (f" at {when}" if line.val_update != line.update else "")
+
+
 def _listed(checkpoint: Path) -> Listed | None:
-    val_loss = damage = None
+    val_loss = val_update = damage = None
     try:
         size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
         damage = damage_of(checkpoint)
-        val_loss = read_progress(checkpoint).val_loss if damage is None else None
+        if damage is None:
+            progress = read_progress(checkpoint)
+            val_loss, val_update = progress.val_loss, progress.val_update
     except FileNotFoundError:
         return None
     except UserError as error:  # of another format
         damage = str(error)
-    return Listed(int(checkpoint.name), val_loss, size, damage) if checkpoint.exists() else None
+    return Listed(int(checkpoint.name), val_loss, val_update, size, damage) if checkpoint.exists() else None

@@ -157,7 +157,8 @@ class Loop:
                 own += loss * len(share)
         model.train()
         val_loss = processes.sum(own)[0] / len(self.validation)
-        self.run.progress = replace(self.run.progress, val_loss=val_loss)
+        update = self.run.optimizer.num_updates
+        self.run.progress = replace(self.run.progress, val_loss=val_loss, val_update=update)
         if is_switch:
             self.run.progress = replace(self.run.progress, val_loss_switch=val_loss)
         return val_loss

@@ -18,7 +18,8 @@ class Progress:
         seconds: time spent training.
         val_loss_start: validation loss before training, nats per token.
         val_loss_switch: the same after the warm start; None before it or without one.
-        val_loss: the latest.
+        val_loss: the latest; and
+        val_update: the update after which it was measured; None where nobody has noted it, as of older runs.
         is_finished: whether the run has reached its end.
         corpus: fingerprint of the texts that it trains on.
         skips: updates skipped in a row, up to now.
@@ -37,6 +38,7 @@ class Progress:
     skips: int = 0
     skip_reason: str | None = None
     losses: tuple[float, ...] = ()
+    val_update: int | None = None
 
 
 def progress_of(values: Any) -> Progress:

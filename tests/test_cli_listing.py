@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from relora_opt_cli import listing, train
 from relora_opt_cli.checkpoint import checkpoints
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.listing import list_checkpoints, print_checkpoints
+from relora_opt_cli.record import read_record, write_record
 from rich.console import Console
+from tiny import rows
 from tiny import train as run_tiny
 
 
@@ -40,6 +44,23 @@ def test_every_checkpoint_has_a_line_with_update_loss_size_and_state(finished: P
     last = list_checkpoints(finished)[-1]
     assert f"{last.val_loss:.4f}" in lines[-1]
     assert last.size == sum(path.stat().st_size for path in checkpoints(finished)[-1].iterdir())
+
+
+def test_a_loss_that_was_measured_earlier_says_when(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, save_every=5, keep=9)
+    loss = {row.update: f"{row.val_loss:.4f}" for row in rows(run) if row.val_loss is not None}
+    found = [re.split("  +", line.strip())[1] for line in printed(run)[1:]]
+    assert found == ["-", f"{loss[4]} at 4", f"{loss[6]} at 6", f"{loss[12]} at 12", loss[20]]
+
+
+def test_a_loss_of_an_older_run_that_does_not_say_when_makes_no_claim(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    last = checkpoints(run)[-1]
+    record = read_record(last)
+    progress = {name: value for name, value in record.values["progress"].items() if name != "val_update"}
+    write_record(last, replace(record, values={**record.values, "progress": progress}))
+    assert f"{list_checkpoints(run)[-1].val_loss:.4f} at ?" in printed(run)[-1]
 
 
 def test_a_damaged_one_says_what_is_wrong_with_it(finished: Path, tmp_path: Path) -> None:
