@@ -58,11 +58,19 @@ def changes(before: Config, after: Config, *, update: int) -> list[str]:
 def _line(name: str, before: Config, after: Config, update: int) -> str:
     line = f"{name}: {_shown(getattr(before, name))} -> {_shown(getattr(after, name))}"
     if name == "steps":
-        rates = [config.lr * make_schedule(config)(update + 1) for config in (before, after)]
+        rates = [_rate(config, update + 1) for config in (before, after)]
         return f"{line}; the rate of update {update + 1} is {rates[1]:.3g}, and was to be {rates[0]:.3g}"
     if name in _ROUNDING:
         return f"{line}; sums may round differently: equal to the run so far, but not in the last bits"
     return line
+
+
+def _rate(config: Config, update: int) -> float:
+    """Return the rate of the selected weights, or of their factors, as the optimizer has it and metrics.jsonl says."""
+    if config.rank == 0:  # there is no restart, and no ramp
+        return config.lr * make_schedule(config)(update, last_restart=0)
+    is_low_rank = update > config.warm_start
+    return config.lr * make_schedule(config)(update) * (config.factor_lr if is_low_rank else 1.0)
 
 
 def _shown(value: object) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from relora_opt_cli import saving, train
+from relora_opt_cli.changes import changes
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.corpus import Settings, prepare
@@ -25,6 +26,7 @@ from relora_opt_cli.errors import UserError
 from relora_opt_cli.loop import Loop
 from relora_opt_cli.parallel import World
 from relora_opt_cli.record import read_record, write_record
+from relora_opt_cli.resolution import resolve
 from relora_opt_cli.resume import config_of
 from relora_opt_cli.signals import Interrupts
 from relora_opt_cli.train import resume_run
@@ -485,6 +487,16 @@ def test_more_steps_move_the_schedule_s_end_and_the_new_rate_is_said(
     line = f"steps: 20 -> 30; the rate of update 9 is {found[9].lr:.3g}, and was to be {rows(whole)[9].lr:.3g}\n"
     assert line in capsys.readouterr().out
     assert found[9].lr > rows(whole)[9].lr
+
+
+@pytest.mark.parametrize("settings", [{"factor_lr": 2.0}, {"rank": 0}], ids=str)
+def test_the_rate_that_was_to_be_is_that_of_the_run_itself(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, save_every=20, **settings)
+    before = resolve(load_config_file(run / "config.toml"))
+    for row in rows(run)[1:]:
+        (line,) = changes(before, replace(before, steps=30), update=row.update - 1)
+        assert f"; the rate of update {row.update} is " in line
+        assert line.endswith(f", and was to be {row.lr:.3g}")
 
 
 def test_a_finished_run_goes_on_when_it_gets_more_steps_or_tokens(
