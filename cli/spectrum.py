@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import UserError
+from .place import Place
 from .plot import COLOURS, label_text, new_figure, save_figure, style_axes
+from .record import WEIGHTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,9 +96,11 @@ def spectrum(before: Path, after: Path) -> list[KindSpectrum]:
         after: the same.
 
     Raises:
-        UserError: a file is missing or unreadable, no 2-D weight is in both, a weight's shapes differ, or a change is
-            not finite.
+        UserError: a file is missing, unreadable or a damaged checkpoint's, no 2-D weight is in both, a weight's shapes
+            differ, or a change is not finite.
     """
+    for path in (before, after):
+        _check(path)
     groups: defaultdict[tuple[str, tuple[int, int]], list[Tensor]] = defaultdict(list)
     with _open(before) as old, _open(after) as new:
         names = [name for name in sorted(old.keys() & new.keys()) if _is_matrix(old, name) or _is_matrix(new, name)]
@@ -162,6 +166,13 @@ def _draw(axes: Axes, row: KindSpectrum) -> None:
     style_axes(axes)
 
 
+def _check(path: Path) -> None:
+    """Hold a checkpoint's weights against their checksum, whether its folder or its file is given."""
+    if path.is_dir() or path.name == WEIGHTS:
+        folder = path if path.is_dir() else path.parent
+        Place(folder, folder).check()
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[dict[str, Any]]:
     """Open a model's files; yield the open file of every tensor by its name. Tensors are read when asked for."""
@@ -182,7 +193,7 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{path} does not exist: give a model folder or a .safetensors file")
     if path.is_file():
         return [path]
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / WEIGHTS, path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():

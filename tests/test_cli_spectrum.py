@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from relora_opt_cli.disk import flushed
 from relora_opt_cli.errors import UserError
+from relora_opt_cli.record import TENSORS, WEIGHTS, Record, write_record
 from relora_opt_cli.spectrum import KindSpectrum, plot_spectrum, print_spectrum, spectrum
 from rich.console import Console
 from safetensors.torch import save_file
@@ -34,6 +36,12 @@ def save(folder: Path, weights: dict[str, Tensor]) -> Path:
     folder.mkdir()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     return folder
+
+
+def flip_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def pair(tmp_path: Path, changes: dict[str, Tensor]) -> tuple[Path, Path]:
@@ -74,6 +82,18 @@ def test_no_change_has_rank_zero_and_can_be_shown(tmp_path: Path) -> None:
     assert (rows[0].effective_rank, rows[0].stable_rank, rows[0].num_above) == (0, 0, 0)
     print_spectrum(rows, console=Console(file=io.StringIO()))
     assert plot_spectrum(rows, tmp_path / "spectrum.png").is_file()
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_weights_of_a_damaged_checkpoint_are_not_read(given: str, tmp_path: Path) -> None:
+    old, new = pair(tmp_path, {Q.format(0): matrix([1.0], m=8, n=8)})
+    save_file({}, new / TENSORS)
+    write_record(new, Record({name: flushed(new / name) for name in (WEIGHTS, TENSORS)}, {}))
+    after = new if given == "folder" else new / WEIGHTS
+    assert spectrum(old, after)
+    flip_last_byte(new / WEIGHTS)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged \(its checksum is another"):
+        spectrum(old, after)
 
 
 def test_bfloat16_weights_are_subtracted_in_float32(tmp_path: Path) -> None:
