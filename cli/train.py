@@ -98,9 +98,20 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         run.lock = lock
         run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
         processes.on_main(lambda: write_config(run))
+        if progress.is_finished:
+            lines += processes.on_main(lambda: _reopen(run)) or []
         held.enter_context(run.writer)
         say(processes, "\n  ".join([f"resuming {folder} after update {progress.update}", *lines]))
         train(run)
+
+
+def _reopen(run: Run) -> list[str]:
+    """Take a finished run's end back: an export must not pass for that of a run that has gone on, and was stopped."""
+    export = run.folder / "export"
+    lines = [f"export: removed, it was of update {run.progress.update}; the new end makes one"] * export.exists()
+    shutil.rmtree(export, ignore_errors=True)
+    write_progress(run)
+    return lines
 
 
 def train(run: Run) -> None:

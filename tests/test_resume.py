@@ -511,6 +511,20 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps_or_tokens(
     assert end_of(run) != end_of(whole)
 
 
+def test_a_finished_run_that_goes_on_and_is_killed_has_no_export_of_its_earlier_end(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path, STEPS)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_micro_batch(1, kill, patch)
+        resume_run(run, {"steps": 24})
+    assert "\n  export: removed, it was of update 20; the new end makes one\n" in capsys.readouterr().out
+    assert not (run / "export").exists()
+    assert not read_progress(checkpoints(run)[-1]).is_finished
+    resume_run(run, {"steps": 20})  # closes it again
+    assert end_of(run) == end_of(whole)
+
+
 def test_a_longer_run_at_a_constant_rate_equals_one_that_was_long_from_the_start(tmp_path: Path) -> None:
     options = {"outer": "constant", "warmup": 0, "eval_every": 3}
     whole = run_tiny(tmp_path, out=str(tmp_path / "whole"), steps=24, **options)
