@@ -87,14 +87,16 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         )
         before = config_at(checkpoint, told)
         config = settled(before, config)
+        here = config
         if "threads" not in (options or {}):
-            config = replace(config, threads=shared_threads(config.threads))
-        lines = changes(before, config, update=progress.update)
+            here = replace(config, threads=shared_threads(config.threads))
+        lines = changes(before, here, update=progress.update)
         if progress.is_finished and progress.update == config.steps:
             say(processes, f"{folder} is finished: {progress.update} updates; give more --steps to go on")
             return
         processes.on_main(lambda: check_logs(config.log))
-        run = restored_run(config, checkpoint, processes)
+        run = restored_run(here, checkpoint, processes)
+        run.config = replace(run.config, threads=config.threads or run.config.threads)  # a share is not for good
         run.lock = lock
         run.unevaluated = processes.from_main(processes.on_main(lambda: cut_metrics(run)))
         processes.on_main(lambda: write_config(run))

@@ -16,7 +16,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
-from relora_opt_cli import saving, train
+from relora_opt_cli import machine, saving, train
 from relora_opt_cli.changes import changes
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
 from relora_opt_cli.config_file import load_config_file
@@ -596,6 +596,21 @@ def test_threads_and_device_stay_those_with_which_the_run_began(
     assert torch.get_num_threads() == 1
     assert not re.search(r"^  (threads|device):", capsys.readouterr().out, re.MULTILINE)
     assert end_of(run) == end_of(whole)
+
+
+def test_the_threads_that_a_process_of_several_has_are_not_those_of_the_run_for_good(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = part_of(whole, tmp_path, STEPS - 1)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("threads = 1\n", "threads = 4\n"))
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    resume_run(run)
+    assert torch.get_num_threads() == 2
+    assert "  threads: 1 -> 2; sums may round differently" in capsys.readouterr().out
+    assert load_config_file(run / "config.toml")["threads"] == 4
+    assert read_config(checkpoints(run)[-1])["threads"] == 4
 
 
 def test_other_threads_or_a_device_that_is_not_to_be_had_are_listed(
