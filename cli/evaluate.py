@@ -97,7 +97,7 @@ def evaluate(
     """
     trained = load_trained(folder, device=device)
     run, window = trained.place.run, trained.model.config.max_position_embeddings
-    config = None if run is None else resolve(load_config_file(run / RUN_CONFIG))
+    config = None if run is None else resolve(load_config_file(run / RUN_CONFIG), has_begun=True)
     given = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype, "num_sequences": num_sequences}
     reading = _reading(config, window, {name: value for name, value in given.items() if value is not None})
     console = console or Console(quiet=True)

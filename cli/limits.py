@@ -16,8 +16,11 @@ _COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
 _RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, has_begun: bool = False) -> None:
     """Refuse values that are impossible, or do not go together.
+
+    Args:
+        has_begun: the run has made updates; it may end before the switch or a restart comes, which cannot be moved.
 
     Raises:
         UserError: names the option, its value and the remedy.
@@ -56,13 +59,14 @@ def check(config: Config) -> None:
     if not config.max_loss_jump > 0:
         raise UserError(f"max_loss_jump={config.max_loss_jump} must be positive; inf skips no loss that is finite")
     if config.warmup > config.steps:
-        raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: shorten it")
+        remedy = "give at least so many steps" if has_begun else "shorten it"
+        raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: {remedy}")
     if 0 < config.restart_every < config.restart_warmup:
         raise UserError(
             f"restart_warmup={config.restart_warmup} is longer than restart_every={config.restart_every}: "
             "the rate would never recover; shorten the ramp"
         )
-    if config.rank > 0:
+    if config.rank > 0 and not has_begun:
         _check_cycles(config)
     if config.batch_size % config.micro_batch_size:
         raise UserError(

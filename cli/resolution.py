@@ -42,11 +42,12 @@ _GENERAL: Options = {
 }
 
 
-def resolve(options: Options) -> Config:
+def resolve(options: Options, *, has_begun: bool = False) -> Config:
     """Fill what is not given and check the whole.
 
     Args:
         options: values by the names of `Config`; None means not given.
+        has_begun: they are those of a run that is there, see limits.py.
 
     Raises:
         UserError: for an unknown name, a value of the wrong kind, or values that do not go together.
@@ -61,12 +62,12 @@ def resolve(options: Options) -> Config:
     if "lr" in given and "rest_lr" not in given:
         filled["rest_lr"] = filled["lr"]
     config = Config(**_follow(filled, given))
-    check(config)
+    check(config, has_begun=has_begun)
     return config
 
 
 def changed(config: Config, options: Options) -> Config:
-    """Return a resolved configuration with some options changed; nothing else follows from them.
+    """Return the configuration of a run that has begun with some options changed; nothing else follows from them.
 
     Raises:
         UserError: as `resolve`.
@@ -77,7 +78,7 @@ def changed(config: Config, options: Options) -> Config:
             raise UserError(f"steps={given['steps']} and tokens={given['tokens']} both say how long to train: give one")
         given["steps"] = _steps_of(given["tokens"], config.batch_size * config.seq_len)
     config = dataclasses.replace(config, **given)
-    check(config)
+    check(config, has_begun=True)
     return config
 
 

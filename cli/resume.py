@@ -42,7 +42,7 @@ def config_of(folder: Path) -> Config:
         raise UserError(f"resume={str(folder)!r} is not the folder of a run: there is no {CONFIG} in it")
     options = load_config_file(folder / CONFIG)
     options.setdefault("alpha", options.get("rank") or None)  # left out, it was the rank before it was "matched"
-    return replace(resolve(options), out=str(folder))
+    return replace(resolve(options, has_begun=True), out=str(folder))
 
 
 def in_place(folder: Path, config: Config) -> Config:
@@ -66,7 +66,7 @@ def config_at(checkpoint: Path, told: Config) -> Config:
         UserError: for a damaged checkpoint, or options that are none.
     """
     options = read_config(checkpoint)
-    return resolve(options) if options else told
+    return resolve(options, has_begun=True) if options else told
 
 
 def main_checkpoint(folder: Path, processes: World) -> Path:

@@ -525,6 +525,24 @@ def test_a_finished_run_that_goes_on_and_is_killed_has_no_export_of_its_earlier_
     assert end_of(run) == end_of(whole)
 
 
+@pytest.mark.parametrize("steps", [WARM_START - 1, WARM_START + CYCLE - 1])
+def test_a_run_may_be_made_to_end_before_its_switch_or_its_first_restart(
+    steps: int, whole: Path, tmp_path: Path
+) -> None:
+    run = part_of(whole, tmp_path, 2)
+    resume_run(run, {"steps": steps})
+    assert [row.update for row in rows(run)] == list(range(steps + 1))
+    assert rows(run)[-1].restarts == 0
+    resume_run(run, {"steps": STEPS})
+    assert rows(run)[-1].restarts == 3
+
+
+def test_a_run_that_has_begun_ends_no_earlier_than_its_warm_up(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, warmup=9)
+    with pytest.raises(UserError, match="warmup=9 is longer than the run, steps=8: give at least so many steps"):
+        resume_run(run, {"steps": 8})
+
+
 def test_a_longer_run_at_a_constant_rate_equals_one_that_was_long_from_the_start(tmp_path: Path) -> None:
     options = {"outer": "constant", "warmup": 0, "eval_every": 3}
     whole = run_tiny(tmp_path, out=str(tmp_path / "whole"), steps=24, **options)
