@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def table_of(evaluation: Evaluation, *, console: Console) -> str:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _rows(evaluation).items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")

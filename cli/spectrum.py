@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def print_spectrum(rows: list[KindSpectrum], *, console: Console) -> None:
     for row in rows:
         means = (f"{row.num_above:.1f}", f"{row.effective_rank:.1f}", f"{row.stable_rank:.1f}")
         sizes = (f"{row.largest:.3g}", f"{row.frobenius:.3g}")
-        table.add_row(row.kind, str(row.num_matrices), f"{row.shape[0]}x{row.shape[1]}", *means, *sizes)
+        table.add_row(Text(row.kind), str(row.num_matrices), f"{row.shape[0]}x{row.shape[1]}", *means, *sizes)
     console.print(table)
 
 

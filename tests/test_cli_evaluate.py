@@ -21,12 +21,13 @@ from relora_opt_cli.app import app
 from relora_opt_cli.corpus import Settings, tokenize
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.evaluate import Reading, evaluate
-from relora_opt_cli.evaluation import Evaluation
+from relora_opt_cli.evaluation import Evaluation, table_of
 from relora_opt_cli.metrics import read_metrics
 from relora_opt_cli.predicted import Text, all_sequences, given_text
 from relora_opt_cli.resolution import resolve
 from relora_opt_cli.train import start_run
 from relora_opt_cli.trained import load_trained
+from rich.console import Console
 from safetensors.torch import save_file
 from tokenizer import END
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -265,6 +266,12 @@ def test_the_table_and_the_json_say_the_same(folder: Path, texts: Path, capsys: 
     assert table["loss"].strip() == f"{found.loss:.4f} nats per token"
     assert table["bits per byte"].strip() == f"{found.bits_per_byte:.4f}"
     assert table["tokens"].strip() == f"{found.num_tokens} in sequences of 64"
+
+
+@pytest.mark.parametrize("name", ["runs[red]/x", "runs[/b]"])
+def test_brackets_in_a_path_are_shown_as_they_are(name: str) -> None:
+    found = Evaluation(Path(name), name, 1.0, num_tokens=1, num_documents=1, num_bytes=1, seq_len=1, dtype="float32")
+    assert table_of(found, console=Console(width=100)).count(name) == 2
 
 
 def test_a_perplexity_beyond_all_numbers_is_none_in_json() -> None:

@@ -96,6 +96,12 @@ def test_weights_of_a_damaged_checkpoint_are_not_read(given: str, tmp_path: Path
         spectrum(old, after)
 
 
+def test_brackets_in_a_kind_are_shown_as_they_are() -> None:
+    out = io.StringIO()
+    print_spectrum([KindSpectrum("w[/b]", (4, 4), torch.ones(1, 4))], console=Console(file=out, width=100))
+    assert "w[/b]" in out.getvalue()
+
+
 def test_bfloat16_weights_are_subtracted_in_float32(tmp_path: Path) -> None:
     old = torch.full((4, 4), 1.0, dtype=torch.bfloat16)
     new = (torch.full((4, 4), 1.0) + torch.eye(4) * 2**-7).to(torch.bfloat16)
