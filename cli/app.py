@@ -5,6 +5,7 @@ What is heavy (torch, datasets, matplotlib) is imported inside the commands, so 
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -20,7 +21,8 @@ from rich.console import Console
 from .config import FIELDS, Config
 from .config_file import load_config_file
 from .errors import UserError
-from .output import enduring_output
+from .launch import launched
+from .output import enduring_output, forgiving_output
 from .report import print_error
 from .resolution import resolve
 
@@ -42,7 +44,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        if _is_one_of_several():
+        if _may_be_one_of_several():
             # Threads of gloo that outlive their process group abort the interpreter while it shuts down.
             if isinstance(end.code, str):
                 sys.stderr.write(f"{end.code}\n")
@@ -53,21 +55,27 @@ def main() -> None:
 
 
 def _run() -> None:
+    forgiving_output()
     try:
         app(args=_spread_data(sys.argv[1:]))
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print_error(f"{str(error.filename)!r} is longer than names of files may be: give another path")
+        sys.exit(2)
 
 
-def _is_one_of_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _may_be_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("0", "1")
 
 
 @contextmanager
 def _processes() -> Iterator[World | None]:
     """Join the run's other processes; where there are none, torch need not be imported for a mistake in a flag."""
-    if not _is_one_of_several():
+    if launched("WORLD_SIZE") <= 1:
         yield None
         return
     from .parallel import world

@@ -34,6 +34,7 @@ from .resolution import resolve
 from .trained import load_trained
 
 _TOKENS = 2048  # at a time, of a whole text
+_MOST = 1 << 31  # of anything
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Reading:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be a whole number of at least 1")
+            if value is not None and value > _MOST:
+                raise UserError(f"{name}={value} is more than {_MOST:,}, and than any text has: give fewer")
         if self.dtype not in CHOICES["dtype"]:
             raise UserError(f"dtype={self.dtype!r} is not known: choose one of {', '.join(CHOICES['dtype'])}")
 

@@ -19,10 +19,12 @@ from tokenizers import Tokenizer
 from relora_opt import save_merged
 
 from .checkpoint import latest_checkpoint, load_checkpoint
+from .disk import partial_of
 from .errors import UserError
 from .model import Llama, LlamaConfig, load_config
 from .place import run_of
 from .record import WEIGHTS
+from .tokens import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER, MODEL_CONFIG = "tokenizer.json", "config.json"
@@ -36,15 +38,16 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
         dtype: "float32", "bfloat16" or "float16"; None keeps float32.
 
     Raises:
-        UserError: where the run has no checkpoint, `out` is not empty, or `dtype` is not known.
+        UserError: where the run has no checkpoint or tokenizer, `out` is not empty, or `dtype` is not known.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     owner = run_of(run)
     checkpoint, run = (latest_checkpoint(run), run) if owner is None else (run, owner)
+    tokenizer = load_tokenizer(run / TOKENIZER)
     model = Llama(load_config(run / MODEL_CONFIG))
     load_checkpoint(checkpoint, model)
-    return write_export(model, Tokenizer.from_file(str(run / TOKENIZER)), out, dtype=dtype)
+    return write_export(model, tokenizer, out, dtype=dtype)
 
 
 def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | None = None) -> Path:
@@ -71,7 +74,7 @@ def _write(
 ) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} is not empty: give a folder that is new or empty")
-    place = out.with_name(f".{out.name}.partial")
+    place = partial_of(out.absolute())  # "." has no name
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
@@ -79,7 +82,7 @@ def _write(
             (place / file).write_text(json.dumps(content, indent=2) + "\n")
         write_weights(place / WEIGHTS)
         (place / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(place, out)
+        os.replace(place, out.absolute())
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
     finally:

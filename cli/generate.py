@@ -8,6 +8,7 @@ however long the text is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,7 @@ def generate(
     ids = _prompt_ids(prompt, trained)
     reader = Reader(trained.model, most=len(ids) + max_new_tokens)
     tokens = _tokens(trained, ids, reader, sampling or Sampling())
-    return _pieces(islice(tokens, max_new_tokens), ids, trained)
+    return _pieces(islice(tokens, min(max_new_tokens, sys.maxsize)), ids, trained)
 
 
 class Reader:

@@ -13,6 +13,9 @@ _POSITIVE_COUNTS = (
     *("eval_every", "save_every", "keep", "max_skips"),
 )
 _COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
+_MOST_THREADS = 1024  # far more than a step has work for, and than most systems let a process have
+_SEEDS = 1 << 63  # what torch's generators take
+_MOST_TOKENS = 1 << 31  # in an update, a hundred times as many as anybody trains with
 _RATES_FINITE = ("lr", "rest_lr", "factor_lr", "weight_decay")
 
 
@@ -77,6 +80,15 @@ def check(config: Config, *, has_begun: bool = False) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be a whole number of at least 1")
+    if config.threads is not None and config.threads > _MOST_THREADS:
+        raise UserError(f"threads={config.threads} must be at most {_MOST_THREADS}: give as many as there are cores")
+    if not 0 <= config.seed < _SEEDS:
+        raise UserError(f"seed={config.seed} must be a whole number, at least 0 and below 2^63: choose another")
+    if config.batch_size * config.seq_len > _MOST_TOKENS:
+        raise UserError(
+            f"batch_size={config.batch_size} sequences of seq_len={config.seq_len} tokens are more than "
+            f"{_MOST_TOKENS:,} tokens in an update: give fewer"
+        )
     if config.vocab_size is not None and config.vocab_size < 257:
         raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
     parse_prune(config.prune)

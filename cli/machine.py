@@ -21,6 +21,7 @@ import torch
 
 from .config import Config
 from .device import autocast_dtype, find_device
+from .launch import launched
 from .tokens import default_cache_folder
 
 _FLOPS = {torch.float32: 1e11, torch.bfloat16: 3e11}  # of a CPU's core in a second, roughly
@@ -62,8 +63,8 @@ def set_threads(threads: int | None) -> None:
 
 def shared_threads(threads: int | None) -> int | None:
     """Return how many of a process's threads each of several on this machine may have, torchrun's LOCAL_WORLD_SIZE."""
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if threads is None or num_processes == 1:
+    num_processes = launched("LOCAL_WORLD_SIZE")
+    if threads is None or num_processes <= 1:
         return threads
     return min(threads, max(1, num_cores() // num_processes))
 

@@ -1,7 +1,8 @@
 """Text on the standard output, as it comes: in any encoding, whoever stops reading, whatever breaks in between.
 
-streamed_output   of commands whose text is what they are for: without a reader they end
-enduring_output   of commands that work for days and say how it goes: without a reader they work on
+streamed_output    of commands whose text is what they are for: without a reader they end
+enduring_output    of commands that work for days and say how it goes: without a reader they work on
+forgiving_output   of all commands: no character ends them
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def streamed_output() -> Iterator[Callable[[str], None]]:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from error
         raise UserError(f"the text cannot be written: {error.strerror or error}") from error
+
+
+def forgiving_output() -> None:
+    """Show what the standard output's encoding lacks, in a path say, as "?": nothing ends for that."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .launch import launched
 from .report import print_error
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class World:
                 f"{num_with_cuda:.0f} of {self.size} processes have a GPU (device={device!r}): give --device cpu, or "
                 "leave out the machines without one"
             )
-        num_here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
+        num_here, num_gpus = launched("LOCAL_WORLD_SIZE", self.local_rank + 1), torch.cuda.device_count()
         if num_here > num_gpus:
             raise UserError(
                 f"{num_here} processes on a machine with {num_gpus} GPU{'s' * (num_gpus != 1)}, and each needs its "
@@ -140,10 +141,10 @@ def world() -> Iterator[World]:
     """Join the run's other processes, where torchrun has started several, and leave them in the end.
 
     Raises:
-        UserError: where its environment is incomplete.
+        UserError: where its environment is incomplete, or no launcher's.
         SystemExit: for whatever is raised in here by one of several processes, after it was said.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched("WORLD_SIZE") == 1:
         yield World()
         return
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
@@ -151,7 +152,7 @@ def world() -> Iterator[World]:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {missing[0]}: start the processes with torchrun"
         )
-    rank, local_rank, size = (int(os.environ[name]) for name in _ENVIRONMENT[:3])
+    rank, local_rank, size = (launched(name) for name in _ENVIRONMENT[:3])
     notes: Any = dist.HashStore()  # type: ignore[attr-defined]  # of its own, until all have met
     signal.signal(signal.SIGTERM, _leave)
     try:

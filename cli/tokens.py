@@ -143,7 +143,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
     try:
-        with new_folder(out) as folder:
+        with new_folder(out.absolute()) as folder:  # "." has no name
             write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
             write_file(folder / "tokenizer_config.json", (json.dumps(kind, indent=2) + "\n").encode())
     except OSError as error:

@@ -115,7 +115,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "keep_every": (["10"], 10),
     "max_loss_jump": (["6.5"], 6.5),
     "max_skips": (["3"], 3),
-    "seed": (["-3"], -3),
+    "seed": (["7"], 7),
 }
 
 
@@ -323,6 +323,13 @@ def a_run_of_a_later_version(desk: Desk) -> list[str]:
     return ["pretrain", "--resume", desk.path("run")]
 
 
+LONG = "is longer than names of files may be: give another path"
+TOO_LONG: dict[str, dict[str, Any]] = {
+    "out": {"out": "x" * 300},
+    "model": {"model": "x" * 300},
+    "init_from": {"model": None, "init_from": "x" * 300},
+}
+
 MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     # data
     "missing file": (
@@ -382,6 +389,13 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "no steps": (changed(steps=0), "steps=0 must be a whole number of at least 1"),
     "steps and tokens": (changed(tokens=10**6), "both say how long to train"),
     "micro batch": (changed(batch_size=4, micro_batch_size=3), "micro_batch_size=3 must divide batch_size=4"),
+    "negative seed": (changed(seed=-1), "seed=-1 must be a whole number, at least 0 and below 2^63"),
+    "seed too large": (changed(seed=1 << 63), "must be a whole number, at least 0 and below 2^63"),
+    "threads beyond all machines": (changed(threads=10**20), "must be at most 1024: give as many as there are cores"),
+    "batch beyond all memory": (
+        changed(batch_size=10**11),
+        "batch_size=100000000000 sequences of seq_len=16 tokens are more than 2,147,483,648 tokens in an update",
+    ),
     "unknown base": (changed(base="lion"), "base='lion' is not known: choose one of adamw, sgd, muon"),
     "unknown device": (changed(device="abacus"), "device='abacus' is not to be had here"),
     # files
@@ -393,6 +407,11 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "output folder in use": (in_use, "is there and not empty: give a new folder"),
     "output folder a file": (a_file_for_a_folder, "is there and not empty: give a new folder"),
     "output folder below a file": (below_a_file, "file/run"),
+    **{f"name too long for {name}": (changed(**options), LONG) for name, options in TOO_LONG.items()},
+    "name too long for resume": (lambda desk: ["pretrain", "--resume", "x" * 300], LONG),
+    "name too long for export": (lambda desk: ["export", "x" * 300, "--out", desk.path("e")], LONG),
+    "name too long for eval": (lambda desk: ["eval", "x" * 300], LONG),
+    "name too long for spectrum": (lambda desk: ["spectrum", "x" * 300, "x"], LONG),
     "resume of nothing": (
         lambda desk: ["pretrain", "--resume", desk.path("nowhere")],
         "is not there: name the folder of a run",
@@ -472,6 +491,26 @@ def test_texts_are_tokenized_and_a_tokenizer_trained_before_a_run_that_needs_nei
 def test_the_same_words_without_a_mistake_would_train(desk: Desk, trained: list[train.Run]) -> None:
     assert run(*desk.words()) == 0
     assert [run.config.rank for run in trained] == [4]
+
+
+@pytest.mark.parametrize("size", ["", "abc", "-1", "²"])
+def test_a_number_of_processes_that_is_none_is_refused(
+    size: str, desk: Desk, trained: list[train.Run], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert run(*desk.words()) == 2
+    assert f"WORLD_SIZE={size!r} in the environment is no number: unset it" in one_line(capfd)
+
+
+def test_a_folder_that_is_the_current_one_can_be_written_to(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = desk.folder / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert run("tokenizer", "train", desk.path("texts"), "--vocab-size", "300", "--out", ".") == 0
+    assert (here / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("columns", ["20", "200"])

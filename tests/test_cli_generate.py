@@ -77,6 +77,11 @@ def test_it_stops_at_the_end_of_text_and_at_max_new_tokens(folder: Path, script:
     assert len(seen) == 2
 
 
+def test_more_tokens_than_can_be_counted_are_as_many_as_come(folder: Path, script: Callable[[bytes], Any]) -> None:
+    script(b"abc")
+    assert text(folder, max_new_tokens=10**30) == "abc"
+
+
 def test_pieces_come_one_by_one(folder: Path, script: Callable[[bytes], Any]) -> None:
     seen = script(b"abc")
     assert next(generate(folder, "x", sampling=GREEDY)) == "a"

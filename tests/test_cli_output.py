@@ -1,5 +1,6 @@
 """What a command says arrives as far as it can, and its end is quiet or one sentence."""
 
+import io
 import os
 import select
 import subprocess
@@ -12,7 +13,9 @@ import tiny
 from relora_opt_cli import app, train
 from relora_opt_cli.config_file import to_toml
 from relora_opt_cli.output import enduring_output
+from relora_opt_cli.parallel import World
 from relora_opt_cli.resolution import resolve
+from relora_opt_cli.run import say as say_of_a_run
 
 SAY = """
 import sys
@@ -52,6 +55,17 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         process.stdout.close()
         assert process.wait(timeout=60) == 1
         assert process.stderr.read() == b""
+
+
+def test_a_path_that_an_encoding_lacks_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["relora-opt", "pretrain", "--out", "naïve"])
+    monkeypatch.setattr(train, "start_run", lambda config, _: say_of_a_run(World(), config.out))
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    assert not end.value.code
+    assert stream.buffer.getvalue() == b"na?ve\n"  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -218,6 +218,22 @@ def test_export_of_a_run_writes_the_newest_weights_in_the_dtype_that_was_asked_f
         export_run(run, folder)
 
 
+def test_an_export_needs_a_tokenizer_that_can_be_read_and_a_folder_that_may_be_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, here = train(tmp_path), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert export_run(run, Path()) == Path()
+    assert (here / "model.safetensors").is_file()
+    (run / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer='.*tokenizer\.json' cannot be read"):
+        export_run(run, tmp_path / "export")
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer='.*tokenizer\.json' does not exist"):
+        export_run(run, tmp_path / "export")
+
+
 def test_export_of_a_checkpoint_writes_its_weights(tmp_path: Path) -> None:
     earlier = checkpoints(train(tmp_path))[0]
     exported = load_file(export_run(earlier, tmp_path / "export") / "model.safetensors")
