@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .config import Config
+from .resolution import resolve
+
+_LOW_RANK = ("alpha", "factor_lr", "init", "warm_start", "restart_every", "restart_warmup", "prune")  # targets have lr
 
 
 def describe_plan(config: Config) -> str:
@@ -17,3 +22,29 @@ def describe_plan(config: Config) -> str:
         f"{config.steps:,} updates at rank {config.rank}, {warm_start}, {restarts} "
         "(--rank, --warm-start and --restart-every say otherwise)"
     )
+
+
+def describe_idle(config: Config) -> str | None:
+    """Say which options differ from their defaults and cannot count; recipes state everything, so none is refused."""
+    usual = resolve({"steps": config.steps, "rank": config.rank, "warm_start": config.warm_start})
+    usual = replace(usual, warm_start=0, restart_warmup=config.restart_every // 20)
+    idle = [
+        f"{name} ({reason})"
+        for name, reason in _reasons(config).items()
+        if getattr(config, name) != getattr(usual, name)
+    ]
+    if config.base == "sgd" and config.betas[1] != usual.betas[1]:
+        idle.append("the second of betas (base=sgd)")
+    return f"without effect here: {', '.join(idle)}" if idle else None
+
+
+def _reasons(config: Config) -> dict[str, str]:
+    """Return the options that cannot count, and why."""
+    reasons = {"min_ratio": "outer=constant"} if config.outer == "constant" else {}
+    if config.rank == 0:
+        return reasons | dict.fromkeys(_LOW_RANK, "rank=0")
+    if config.restart_every == 0:
+        reasons["prune"] = "no restart"
+        if config.warm_start == 0:
+            reasons["restart_warmup"] = "neither restart nor warm start"
+    return reasons

@@ -33,7 +33,7 @@ from .loop import Loop
 from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
 from .parallel import LostProcessError, World, noticing_losses
-from .plan import describe_plan
+from .plan import describe_idle, describe_plan
 from .plot import plot_runs
 from .record import read_record
 from .report import Summary, View, print_summary
@@ -52,7 +52,7 @@ def start_run(config: Config, processes: World | None = None) -> None:
     processes.on_main(lambda: check_logs(config.log))
     processes.on_main(lambda: check_new(Path(out)))
     run = new_run(config, processes)
-    say(processes, describe_plan(run.config))
+    say(processes, "\n".join(filter(None, (describe_plan(run.config), describe_idle(run.config)))))
     with ExitStack() as held:
         run.lock = processes.on_main(lambda: held.enter_context(claimed(run.folder)))
         processes.on_main(lambda: write_folder(run))

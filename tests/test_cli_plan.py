@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from relora_opt_cli.build import make_schedule
-from relora_opt_cli.plan import describe_plan
+from relora_opt_cli.plan import describe_idle, describe_plan
 from relora_opt_cli.resolution import resolve
 
 
@@ -33,3 +33,43 @@ def test_the_plan_counts_the_restarts_that_the_schedule_makes(warm_start: int, r
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
     words = f"a restart every {config.restart_every}: {num_restarts} (" if num_restarts else "no restart ("
     assert words in describe_plan(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prune": "keep", "restart_warmup": 3}, "prune (no restart), restart_warmup (neither restart nor warm start)"),
+        ({"warm_start": 9, "restart_warmup": 3, "prune": "keep"}, "prune (no restart)"),
+        ({"outer": "constant", "min_ratio": 0.5}, "min_ratio (outer=constant)"),
+        ({"base": "sgd", "betas": [0.5, 0.99]}, "the second of betas (base=sgd)"),
+        (
+            {"rank": 0, "steps": 2000, "alpha": 32, "factor_lr": 2, "init": "kaiming", "prune": "keep"},
+            "alpha (rank=0), factor_lr (rank=0), init (rank=0), prune (rank=0)",
+        ),
+        (
+            {"rank": 0, "warm_start": 9, "restart_every": 50, "restart_warmup": 7},
+            "warm_start (rank=0), restart_every (rank=0), restart_warmup (rank=0)",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_were_given_and_cannot_count_are_named(options: dict[str, Any], words: str) -> None:
+    assert describe_idle(resolve(options)) == f"without effect here: {words}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 0},
+        {"rank": 0, "steps": 20_000},
+        {"rank": 0, "targets": "q_proj"},  # it says which weights train at lr
+        {"restart_every": 100, "prune": "keep", "restart_warmup": 3, "factor_lr": 2, "alpha": 32, "init": "kaiming"},
+        {"warm_start": 9, "restart_warmup": 3},
+        {"base": "sgd", "betas": [0.5, 0.95]},
+        {"outer": "constant"},
+    ],
+    ids=str,
+)
+def test_nothing_is_said_of_what_counts_or_was_not_given(options: dict[str, Any]) -> None:
+    assert describe_idle(resolve(options)) is None
