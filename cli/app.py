@@ -121,7 +121,9 @@ def tokenize(
     tokenizer: Annotated[
         str | None, typer.Option(help="A tokenizer.json, or a folder with one. (default: one is trained)")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary to train.")] = 4096,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens of the vocabulary to train. (default: 4096)", show_default=False)
+    ] = None,
     text_field: _TextField = "text",
     val_share: _ValShare = 0.05,
     allow_lossy: Annotated[bool, typer.Option(help=FIELDS["allow_lossy"].metadata["help"])] = False,
@@ -131,7 +133,11 @@ def tokenize(
     config = resolve({"data": data or [], "allow_lossy": allow_lossy, **options})
     from .corpus import Settings
     from .corpus import tokenize as tokenize_to
+    from .origin import check_vocabulary
     from .pace import Pace
+
+    if tokenizer is not None:
+        check_vocabulary(vocab_size, Path(tokenizer))
 
     corpus = tokenize_to(config.data, Settings.of(config), out, pace=Pace(Console()))
     typer.echo(
@@ -213,7 +219,9 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Texts, as for pretrain. (default: those that the run holds out)")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in .jsonl lines and datasets.")] = "text",
+    text_field: Annotated[
+        str | None, typer.Option(help="Key of the text in the lines and tables of --data. (default: text)")
+    ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="Predict only so many, drawn as those of a run's own reports: 256.")
     ] = None,

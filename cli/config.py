@@ -105,9 +105,11 @@ class Config:
 
     out: str = _option("Folder of the run. (default: runs/ and the time)", panel=_RUN)
     eval_every: int = _option("Updates between evaluations. (default: a tenth of the run)", panel=_RUN)
-    save_every: int = _option("Updates between checkpoints. (default: a fifth of the run)", panel=_RUN)
+    save_every: int = _option("Updates between checkpoints. (default: a fifth of the run, or --keep-every)", panel=_RUN)
     keep: int = _option("Newest checkpoints to keep. (default: 2)", panel=_RUN)
-    keep_every: int | None = _option("Keep those of every so many updates too. (default: none)", panel=_RUN)
+    keep_every: int | None = _option(
+        "Keep those of every so many updates too, a multiple of --save-every. (default: none)", panel=_RUN
+    )
     max_loss_jump: float = _option(
         "Skip updates whose loss is so many standard deviations, and 1 nat, above the last 50; inf skips none. "
         "(default: 10)",

@@ -98,6 +98,10 @@ def evaluate(
     Raises:
         UserError: for a model or a text that cannot be read or do not fit, and where the model's logits are not finite.
     """
+    if text_field is not None and not data:
+        raise UserError(
+            f"text_field={text_field!r} is of texts that data names, and none are: give them, or leave it out"
+        )
     trained = load_trained(folder, device=device)
     run, window = trained.place.run, trained.model.config.max_position_embeddings
     config = None if run is None else resolve(load_config_file(run / RUN_CONFIG), has_begun=True)

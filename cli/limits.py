@@ -80,6 +80,8 @@ def check(config: Config, *, has_begun: bool = False) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be a whole number of at least 1")
+    if not has_begun:
+        check_kept(config)
     if config.threads is not None and config.threads > _MOST_THREADS:
         raise UserError(f"threads={config.threads} must be at most {_MOST_THREADS}: give as many as there are cores")
     if not 0 <= config.seed < _SEEDS:
@@ -116,6 +118,15 @@ def _check_cycles(config: Config) -> None:
         raise UserError(
             f"restart_every={config.restart_every} puts the first restart after update {first}, beyond "
             f"steps={config.steps}: shorten it, or give 0 for no restart"
+        )
+
+
+def check_kept(config: Config) -> None:
+    """Refuse to keep checkpoints of updates that have none."""
+    if config.keep_every is not None and config.keep_every % config.save_every:
+        raise UserError(
+            f"keep_every={config.keep_every} is no multiple of save_every={config.save_every}, so that updates to keep "
+            "have no checkpoint: give a multiple, or a save_every that divides it"
         )
 
 

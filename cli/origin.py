@@ -51,13 +51,8 @@ def agreed(config: Config, *, vocab_size: int) -> Config:
     known = store or tokenizer_file(config)
     if known is None:
         config = replace(config, vocab_size=config.vocab_size or vocab_size)
-    elif config.vocab_size is not None:
-        size = vocabulary_size(load_tokenizer(known))
-        if config.vocab_size != size:
-            raise UserError(
-                f"vocab_size={config.vocab_size}, but the tokenizer {str(known)!r} has {size} tokens: leave out "
-                "vocab_size, which is of a tokenizer to train"
-            )
+    else:
+        check_vocabulary(config.vocab_size, known)
     if store is None:
         settings = Settings.of(config)
         return replace(config, text_field=settings.text_field, val_share=settings.val_share)
@@ -69,6 +64,18 @@ def agreed(config: Config, *, vocab_size: int) -> Config:
                 "tokenize again with it"
             )
     return config
+
+
+def check_vocabulary(vocab_size: int | None, known: Path) -> None:
+    """Refuse a size that is given beside a tokenizer of another."""
+    if vocab_size is None:
+        return
+    size = vocabulary_size(load_tokenizer(known))
+    if vocab_size != size:
+        raise UserError(
+            f"vocab_size={vocab_size}, but the tokenizer {str(known)!r} has {size} tokens: leave out vocab_size, which "
+            "is of a tokenizer to train"
+        )
 
 
 def _store(sources: Sequence[str]) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import CYCLE, DEFAULT_PRESET, FEWEST_CYCLES, FIELDS, PRESETS, Config, Options
 from .errors import UserError
-from .limits import check
+from .limits import check, check_kept
 
 _LAST_CYCLE = 450  # updates that the end of a run leaves the last cycle at least
 _GENERAL: Options = {
@@ -79,6 +79,8 @@ def changed(config: Config, options: Options) -> Config:
         given["steps"] = _steps_of(given["tokens"], config.batch_size * config.seq_len)
     config = dataclasses.replace(config, **given)
     check(config, has_begun=True)
+    if given.keys() & {"keep_every", "save_every"}:
+        check_kept(config)
     return config
 
 
@@ -116,7 +118,7 @@ def _follow(filled: Options, given: Options) -> Options:
     default("restart_every", _restart_every(steps - filled["warm_start"]))
     default("restart_warmup", filled["restart_every"] // 20)
     default("eval_every", max(1, steps // 10))
-    default("save_every", max(1, steps // 5))
+    default("save_every", min(max(1, steps // 5), max(1, filled["keep_every"] or steps)))  # what is kept is saved
     default("micro_batch_size", filled["batch_size"])
     default("rest_lr", filled["lr"])
     default("out", "")

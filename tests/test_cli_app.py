@@ -436,6 +436,17 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
         lambda desk: ["tokenize", "--out", desk.path("o"), "--vocab-size", "9"],
         "vocab_size=9 must be at least 257",
     ),
+    "tokenizing with a vocabulary unlike the tokenizer's": (
+        lambda desk: [
+            *("tokenize", desk.path("texts"), "--out", desk.path("o")),
+            *("--tokenizer", desk.tokenizer(290), "--vocab-size", "300"),
+        ],
+        "has 290 tokens: leave out vocab_size",
+    ),
+    "a key of texts that are not given": (
+        lambda desk: ["eval", desk.path("nowhere"), "--text-field", "body"],
+        "text_field='body' is of texts that data names, and none are: give them, or leave it out",
+    ),
     "holding out too much": (
         lambda desk: ["tokenize", "--out", desk.path("o"), "--val-share", "0.6"],
         "val_share=0.6 must lie above 0 and not above 0.5",

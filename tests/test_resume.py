@@ -83,11 +83,11 @@ def interrupted(folder: Path, micro_batch: int, do: Callable[[], None], **option
         run_tiny(folder, **options)
 
 
-def resumed_and_killed(run: Path, micro_batch: int) -> None:
+def resumed_and_killed(run: Path, micro_batch: int, options: dict[str, Any] | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_micro_batch(micro_batch, kill, patch)
         with pytest.raises(Killed):
-            resume_run(run)
+            resume_run(run, options)
 
 
 SECOND_EPOCH = 17  # the update that takes the first blocks of the second epoch
@@ -515,9 +515,7 @@ def test_a_finished_run_that_goes_on_and_is_killed_has_no_export_of_its_earlier_
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = part_of(whole, tmp_path, STEPS)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_micro_batch(1, kill, patch)
-        resume_run(run, {"steps": 24})
+    resumed_and_killed(run, 1, {"steps": 24})
     assert "\n  export: removed, it was of update 20; the new end makes one\n" in capsys.readouterr().out
     assert not (run / "export").exists()
     assert not read_progress(checkpoints(run)[-1]).is_finished
