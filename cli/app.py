@@ -22,7 +22,7 @@ from .config import FIELDS, Config
 from .config_file import load_config_file
 from .errors import UserError
 from .launch import launched
-from .output import enduring_output, forgiving_output
+from .output import enduring_output, forgiving_output, quoted
 from .report import print_error
 from .resolution import resolve
 
@@ -142,7 +142,7 @@ def tokenize(
     corpus = tokenize_to(config.data, Settings.of(config), out, pace=Pace(Console()))
     typer.echo(
         f"{len(corpus.train):,} tokens of {corpus.num_train_documents:,} documents for training, "
-        f"{len(corpus.val):,} of {corpus.num_val_documents:,} held out; next: relora-opt pretrain --data {out}"
+        f"{len(corpus.val):,} of {corpus.num_val_documents:,} held out; next: relora-opt pretrain --data {quoted(out)}"
     )
 
 
@@ -173,7 +173,7 @@ def train(
     save_tokenizer(trained, out)
     typer.echo(
         f"{vocabulary_size(trained):,} tokens; samples of the texts come back exactly; next: relora-opt pretrain "
-        f"--tokenizer {out} --data ..."
+        f"--tokenizer {quoted(out)} --data ..."
     )
 
 
@@ -187,7 +187,8 @@ def export(
     from .export import export_run
 
     folder = export_run(run, out, dtype=dtype)
-    typer.echo(f"exported to {folder}; next: relora-opt generate {folder} --prompt 'The state of the union is'")
+    command = f"relora-opt generate {quoted(folder)} --prompt 'The state of the union is'"
+    typer.echo(f"exported to {folder}; next: {command}")
 
 
 @app.command()

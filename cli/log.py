@@ -28,6 +28,7 @@ from relora_opt import Metrics
 from .config import Config
 from .errors import UserError
 from .metrics import Row
+from .output import quoted
 
 _FILE, _PROJECT = "log.json", "relora-opt"
 
@@ -193,7 +194,7 @@ def _open(name: str, config: Config, folder: Path, first: int) -> Log:
     except Exception as error:  # whatever theirs raise: no login, no network, no space
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"log={name!r} cannot be opened: {reason}; mend that and go on with --resume {folder}"
+            f"log={name!r} cannot be opened: {reason}; mend that and go on with --resume {quoted(folder)}"
         ) from error
 
 

@@ -26,6 +26,7 @@ from .errors import UserError
 from .log import Log, numbers
 from .loss import batch_loss
 from .metrics import Phase, Row
+from .output import quoted
 from .predicted import drawn_sequences
 from .report import View
 from .run import Run
@@ -199,7 +200,7 @@ class Loop:
         if progress.skips >= config.max_skips:
             remedy = "start again with lower rates"
             if math.isfinite(loss) and loss > self.guard.limit:
-                remedy += f", or train on such losses too: --resume {self.run.folder} --max-loss-jump inf"
+                remedy += f", or train on such losses too: --resume {quoted(self.run.folder)} --max-loss-jump inf"
             raise UserError(
                 f"{progress.skips} updates in a row were skipped, the last one because {progress.skip_reason} "
                 f"(lr={config.lr}, rest_lr={config.rest_lr}, max_skips={config.max_skips}): {remedy}"

@@ -15,6 +15,7 @@ from .config import Config
 from .corpus import Settings
 from .errors import UserError
 from .export import TOKENIZER
+from .output import quoted
 from .place import find_trained
 from .store import is_store
 from .tokens import is_same, load_tokenizer, vocabulary_size
@@ -111,5 +112,5 @@ def _check_ids(config: Config, store: Path | None) -> None:
     if store is not None and not is_same(load_tokenizer(store), known):
         raise UserError(
             f"data={str(store)!r} was tokenized by another tokenizer than that of init_from={config.init_from!r}: "
-            f"tokenize again with --tokenizer {own}"
+            f"tokenize again with --tokenizer {quoted(own)}"
         )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
@@ -41,6 +43,11 @@ def streamed_output() -> Iterator[Callable[[str], None]]:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from error
         raise UserError(f"the text cannot be written: {error.strerror or error}") from error
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell takes it, for commands that are printed to be copied."""
+    return shlex.quote(str(path))
 
 
 def forgiving_output() -> None:

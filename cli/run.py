@@ -40,6 +40,7 @@ from .machine import describe, keep_compiled, keep_freed_memory, set_threads, se
 from .metrics import Row
 from .model import Llama, LlamaConfig, init_weights, load_weights, weight_files
 from .origin import agreed, located, tokenizer_file
+from .output import quoted
 from .pace import Pace
 from .parallel import World
 from .place import find_trained
@@ -192,7 +193,7 @@ def check_new(folder: Path) -> None:
             f"out={str(folder)!r} holds a run that ended before its first checkpoint: remove it, or give a new folder"
         )
     if (folder / CONFIG).is_file():
-        raise UserError(f"out={str(folder)!r} holds a run: give a new folder, or go on with --resume {folder}")
+        raise UserError(f"out={str(folder)!r} holds a run: give a new folder, or go on with --resume {quoted(folder)}")
     raise UserError(f"out={str(folder)!r} is there and not empty: give a new folder")
 
 

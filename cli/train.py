@@ -32,6 +32,7 @@ from .log import Log, check_logs, open_logs
 from .loop import Loop
 from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
+from .output import quoted
 from .parallel import LostProcessError, World, noticing_losses
 from .plan import describe_idle, describe_plan
 from .plot import plot_runs
@@ -180,7 +181,7 @@ def _save_what_is_left(run: Run, loop: Loop) -> int:
 
 
 def _how_to_go_on(run: Run) -> str:
-    return f"to go on: relora-opt pretrain --resume {run.folder}"
+    return f"to go on: relora-opt pretrain --resume {quoted(run.folder)}"
 
 
 @contextmanager
@@ -232,6 +233,6 @@ def _close_on_main(run: Run) -> None:
         export=export,
         curves=curves,
         skips=progress.attempts - progress.update,
-        next_command=f'relora-opt generate {folder} --prompt "The state of the union is"',
+        next_command=f'relora-opt generate {quoted(folder)} --prompt "The state of the union is"',
     )
     print_summary(summary, console=run.console)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -497,6 +498,22 @@ def test_texts_are_tokenized_and_a_tokenizer_trained_before_a_run_that_needs_nei
     assert len({run.corpus.tokenizer.to_str() for run in trained}) == 1
     assert trained[0].corpus.fingerprint == trained[1].corpus.fingerprint != trained[2].corpus.fingerprint
     assert transformers.AutoTokenizer.from_pretrained(made).eos_token == END_OF_TEXT
+
+
+def test_commands_that_are_printed_can_be_copied_into_a_shell(
+    desk: Desk, trained: list[train.Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts, made, out = desk.path("texts"), desk.path("my tokenizer"), desk.path("it's tokenized")
+    assert run("tokenizer", "train", texts, "--vocab-size", "300", "--out", made) == 0
+    assert shlex.split(capfd.readouterr().out.partition("next: ")[2])[3] == made
+    assert run("tokenize", texts, "--tokenizer", made, "--out", out, "--val-share", "0.2") == 0
+    assert shlex.split(capfd.readouterr().out.partition("next: ")[2])[3] == out
+    folder = desk.path("my run")
+    assert run(*desk.words(data=out, out=folder)) == 0
+    assert run("export", folder, "--out", desk.path("my export")) == 0
+    assert shlex.split(capfd.readouterr().out.partition("next: ")[2])[2] == desk.path("my export")
+    assert run(*desk.words(data=out, out=folder)) == 2
+    assert f"go on with --resume {shlex.quote(folder)}" in one_line(capfd)
 
 
 def test_the_same_words_without_a_mistake_would_train(desk: Desk, trained: list[train.Run]) -> None:

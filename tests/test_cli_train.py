@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,12 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     settled["dtype"] = resolve(load_config_file(run / "config.toml")).dtype
     assert settled["dtype"] in ("float32", "bfloat16")
     assert resolve(load_config_file(run / "config.toml")) == resolve(options(tmp_path, **settled))
+
+
+def test_the_next_command_can_be_copied_into_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path, out=str(tmp_path / "it's my run"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
+    assert shlex.split(line)[:4] == ["next", "relora-opt", "generate", str(run)]
 
 
 def test_the_learning_rate_in_the_metrics_is_the_jagged_schedule(tmp_path: Path) -> None:
