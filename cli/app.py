@@ -288,11 +288,14 @@ def spectrum(
 ) -> None:
     """Show the singular values of a weight change, by kind of layer."""
     from .checkpoint import weights_of
-    from .spectrum import plot_spectrum, print_spectrum
+    from .spectrum import left_out, plot_spectrum, print_spectrum
     from .spectrum import spectrum as spectra
 
-    rows = spectra(weights_of(before), weights_of(after))
+    before, after = weights_of(before), weights_of(after)
+    rows, left = spectra(before, after), left_out(before, after)
     print_spectrum(rows, console=Console())
+    if left:
+        typer.echo(left)
     typer.echo(f"drawn: {plot_spectrum(rows, out)}")
 
 

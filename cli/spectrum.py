@@ -118,6 +118,15 @@ def spectrum(before: Path, after: Path) -> list[KindSpectrum]:
     return [KindSpectrum(kinds[path], shape, torch.stack(rows)) for (path, shape), rows in sorted(groups.items())]
 
 
+def left_out(before: Path, after: Path) -> str | None:
+    """Say how many 2-D weights have no spectrum, because one of the two alone has them; None where there are none."""
+    with _open(before) as old, _open(after) as new:
+        sides = ((before, old, new), (after, new, old))
+        counts = {path: sum(_is_matrix(own, name) for name in own.keys() - other.keys()) for path, own, other in sides}
+    said = [f"{count:,} that only {path} has" for path, count in counts.items() if count]
+    return f"left out, matrices: {', '.join(said)}" if said else None
+
+
 def print_spectrum(rows: list[KindSpectrum], *, console: Console) -> None:
     """Print a table, a kind a row; columns are means over the kind's matrices, but for the largest singular value."""
     table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title="singular values of the weight change")

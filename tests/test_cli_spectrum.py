@@ -11,7 +11,7 @@ import torch
 from relora_opt_cli.disk import flushed
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.record import TENSORS, WEIGHTS, Record, write_record
-from relora_opt_cli.spectrum import KindSpectrum, plot_spectrum, print_spectrum, spectrum
+from relora_opt_cli.spectrum import KindSpectrum, left_out, plot_spectrum, print_spectrum, spectrum
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
@@ -94,6 +94,14 @@ def test_weights_of_a_damaged_checkpoint_are_not_read(given: str, tmp_path: Path
     flip_last_byte(new / WEIGHTS)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged \(its checksum is another"):
         spectrum(old, after)
+
+
+def test_matrices_that_only_one_of_two_models_has_are_counted(tmp_path: Path) -> None:
+    D = torch.ones(4, 4)
+    first = save(tmp_path / "first", {Q.format(0): D, Q.format(1): D + 1, "norm": torch.ones(4)})
+    second = save(tmp_path / "second", {Q.format(0): D, UP.format(0): D + 1, UP.format(1): D + 2})
+    assert left_out(first, first) is None
+    assert left_out(first, second) == f"left out, matrices: 1 that only {first} has, 2 that only {second} has"
 
 
 def test_brackets_in_a_kind_are_shown_as_they_are() -> None:
