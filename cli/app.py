@@ -221,7 +221,8 @@ def evaluate(
         list[str] | None, typer.Option(help="Texts, as for pretrain. (default: those that the run holds out)")
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="Key of the text in the lines and tables of --data. (default: text)")
+        str | None,
+        typer.Option(help="Key of the text in the lines and tables of --data. (default: the run's, or text)"),
     ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="Predict only so many, drawn as those of a run's own reports: 256.")

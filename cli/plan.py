@@ -11,16 +11,17 @@ _LOW_RANK = ("alpha", "factor_lr", "init", "warm_start", "restart_every", "resta
 
 
 def describe_plan(config: Config) -> str:
-    """Say how many updates a run makes, at which rank, and when it switches and restarts."""
+    """Say how many updates a run makes, at which rank and rates, and when it switches and restarts."""
+    rates = f"at a rate of {config.lr:g}, {config.rest_lr:g} for what is no target"
     if config.rank == 0:
-        return f"{config.steps:,} updates at full rank (--rank says otherwise)"
+        return f"{config.steps:,} updates at full rank, {rates} (--rank, --lr and --rest-lr say otherwise)"
     first, every = config.warm_start + config.restart_every, config.restart_every
     num_restarts = len(range(first, config.steps + 1, every)) if every else 0
     warm_start = f"{config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
     restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else "no restart"
     return (
-        f"{config.steps:,} updates at rank {config.rank}, {warm_start}, {restarts} "
-        "(--rank, --warm-start and --restart-every say otherwise)"
+        f"{config.steps:,} updates at rank {config.rank}, {warm_start}, {restarts}, {rates} "
+        "(--rank, --warm-start, --restart-every, --lr and --rest-lr say otherwise)"
     )
 
 

@@ -11,14 +11,27 @@ from relora_opt_cli.resolution import resolve
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "600 updates at rank 64, no warm start, no restart (--rank, "),
-        ({"steps": 2000}, "2,000 updates at rank 64, no warm start, a restart every 501: 3 (--rank, "),
-        ({"preset": "60m"}, "20,000 updates at rank 128, no warm start, a restart every 501: 39 (--rank, "),
+        (
+            {},
+            "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.008 for what is no target (--",
+        ),
+        (
+            {"steps": 2000},
+            "2,000 updates at rank 64, no warm start, a restart every 501: 3, at a rate of 0.001, 0.008 for ",
+        ),
+        (
+            {"preset": "60m"},
+            "20,000 updates at rank 128, no warm start, a restart every 501: 39, at a rate of 0.001, 0.001 for ",
+        ),
         (
             {"warm_start": 30, "restart_every": 143},
-            "600 updates at rank 64, 30 of them a warm start, a restart every 143: 3 (--rank, ",
+            "600 updates at rank 64, 30 of them a warm start, a restart every 143: 3, at a rate of 0.001, 0.008 for ",
         ),
-        ({"rank": 0, "steps": 2000}, "2,000 updates at full rank (--rank says otherwise)"),
+        ({"lr": 1e-3}, "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.001 for "),
+        (
+            {"rank": 0, "steps": 2000},
+            "2,000 updates at full rank, at a rate of 0.001, 0.008 for what is no target (--rank, --lr and ",
+        ),
     ],
     ids=str,
 )
@@ -31,7 +44,7 @@ def test_the_plan_is_a_line_with_every_length_that_was_derived(options: dict[str
 def test_the_plan_counts_the_restarts_that_the_schedule_makes(warm_start: int, restart_every: int | None) -> None:
     config = resolve({"steps": 1607, "warm_start": warm_start, "restart_every": restart_every})
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
-    words = f"a restart every {config.restart_every}: {num_restarts} (" if num_restarts else "no restart ("
+    words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else "no restart, at"
     assert words in describe_plan(config)
 
 
