@@ -6,21 +6,21 @@ What is heavy (torch, datasets, matplotlib) is imported inside the commands, so 
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .config import FIELDS, Config
+from .config import FIELDS
 from .config_file import load_config_file
 from .errors import UserError
+from .flags import declare_options, spread_data
 from .launch import launched
 from .output import enduring_output, forgiving_output, quoted
 from .report import print_error
@@ -57,7 +57,7 @@ def main() -> None:
 def _run() -> None:
     forgiving_output()
     try:
-        app(args=_spread_data(sys.argv[1:]))
+        app(args=spread_data(sys.argv[1:]))
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
@@ -104,6 +104,9 @@ def pretrain(**options: Any) -> None:
 
         start_run(config, processes)
 
+
+declare_options(pretrain)
+app.command()(pretrain)
 
 _Data = Annotated[
     list[str] | None,
@@ -298,56 +301,3 @@ def spectrum(
     if left:
         typer.echo(left)
     typer.echo(f"drawn: {plot_spectrum(rows, out)}")
-
-
-def _spread_data(arguments: list[str]) -> list[str]:
-    """Let `--data A B C` mean `--data A --data B --data C`; `eval` has its MODEL before."""
-    if arguments[:1] not in (["pretrain"], ["eval"]):
-        return arguments
-    spread: list[str] = []
-    is_data = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            is_data = argument == "--data"
-        elif is_data and spread[-1] != "--data":
-            spread.append("--data")
-        spread.append(argument)
-    return spread
-
-
-def _declare_options() -> None:
-    """Give `pretrain` a flag for every option of `Config`, and its two own."""
-    kinds = get_type_hints(Config)
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, kinds[name]))
-        for name in FIELDS
-    ]
-    own = {
-        "config": "A TOML file with these names as keys; flags win.",
-        "resume": "Folder of a run to go on with; settings come from it, and flags change what may change.",
-    }
-    for name, text in own.items():
-        annotation = Annotated[str | None, typer.Option(help=text, rich_help_panel="Run", show_default=False)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    pretrain.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    pretrain.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name="pretrain")(pretrain)
-
-
-def _flag(name: str, kind: Any) -> Any:
-    """Return what typer needs to make an option of a field: not given means None."""
-    metadata = FIELDS[name].metadata
-    metavar = "<float> <float>" if kind == tuple[float, float] else None
-    option = typer.Option(help=metadata["help"], rich_help_panel=metadata["panel"], show_default=False, metavar=metavar)
-    parts = [part for part in get_args(kind) if part is not type(None)] if _is_optional(kind) else [kind]
-    kind = str if str in parts else parts[0]  # a number or a word comes as text
-    if kind == tuple[str, ...]:
-        return Annotated[list[str] | None, option]
-    return Annotated[kind | None, option]
-
-
-def _is_optional(kind: Any) -> bool:
-    return type(None) in get_args(kind)
-
-
-_declare_options()

@@ -213,7 +213,7 @@ print(*{{name.partition(".")[0] for name in sys.modules}}, file=shown)
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in CLI if path.stem in ("app", "config", "config_file", "errors", "limits", "resolution")],
+    [path for path in CLI if path.stem in ("app", "config", "config_file", "errors", "flags", "limits", "resolution")],
     ids=lambda path: path.stem,
 )
 def test_what_help_reads_imports_nothing_heavy_at_its_top(path: Path) -> None:
