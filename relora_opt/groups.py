@@ -180,6 +180,11 @@ def _split(group: dict[str, Any], low_rank: LowRank, chosen: Choice) -> Iterator
         parameters, slots = parts[is_selected]
         parameters.append(parameter)
         slots.append(slot)
+    if says_rank and settings.rank and not parts[True][0]:
+        raise ValueError(
+            f"a group says rank={settings.rank}, and none of its {len(parts[False][0])} parameters is a matrix that "
+            f"targets={chosen.targets!r} name: name some, or leave rank out"
+        )
     for is_selected, (parameters, slots) in parts.items():
         if parameters:
             rank, scale = (settings.rank, settings.scale) if is_selected else (0, 0.0)
@@ -281,8 +286,7 @@ def _check_selection(
 ) -> None:
     """Refuse to train everything densely where a rank was asked for."""
     targets = low_rank.targets
-    selects_nothing = isinstance(targets, Sequence) and len(targets) == 0
-    if low_rank.rank == 0 or selects_nothing or any(group.options["rank"] for group in resolved):
+    if low_rank.rank == 0 or any(group.options["rank"] for group in resolved):
         return
     remedy = "pass rank=0 to train everything densely"
     if model is None and targets is None:

@@ -95,10 +95,11 @@ def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimiz
     """Return the base over a user's groups, for the options that it fills in.
 
     Raises:
-        ValueError: where it takes matrices alone, as Muon does: names the first parameter that is none.
+        ValueError: where it takes matrices alone, as Muon does: names the first parameter that is none; and where
+            something of it would be lost.
     """
     try:
-        return base.build(groups)
+        optimizer = base.build(groups)
     except ValueError as error:
         if "2D parameters" in str(error):
             for group, p, name in _named(groups, names):
@@ -108,6 +109,25 @@ def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimiz
                         f"{name} {tuple(p.shape)} is no matrix, and {base.name} takes nothing else: {remedy}"
                     ) from error
         raise
+    _check_is_plain(optimizer)
+    return optimizer
+
+
+def _check_is_plain(optimizer: Optimizer) -> None:
+    """Refuse a base of which something would be lost: state that is no parameter's, hooks, a `step` of its own."""
+    name = type(optimizer).__name__
+    hidden = sorted(str(key) for key in optimizer.state_dict().keys() - {"state", "param_groups"})
+    if hidden:
+        raise ValueError(
+            f"{name} keeps {', '.join(hidden)} beside the state of its parameters, which would be neither saved nor "
+            "reset: give a base whose state_dict() holds state and param_groups alone"
+        )
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
+    if hooks or "step" in vars(optimizer):
+        raise ValueError(
+            f"base gave a {name} with step hooks, or a step that was replaced (by a scheduler, say), which would never "
+            "be called: give them to ReLoRAOptimizer"
+        )
 
 
 def _named(groups: list[Group], names: list[list[str]]) -> Iterator[tuple[Group, Tensor, str]]:

@@ -108,6 +108,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
     _fresh: Collection[str] | None = None  # what set_clock said
+    _num_breaks: int  # how often gradients were used, dropped or made void: whoever accumulates some begins anew
     _is_template = False  # whether the state may be what a phantom step, which is no update, has made up
     _is_built = True  # False inside __init__
 
@@ -145,7 +146,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         template = self._template(resolved)
         inner.check_alone(type(template), is_alone=is_alone)  # a factory's
         groups = [
-            {**given, **group.options, "pointing": self._num_sketches(group.options)}
+            _with_own_tensors({**given, **group.options, "pointing": self._num_sketches(group.options)})
             for given, group in zip(template.param_groups, resolved, strict=True)
         ]
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
@@ -173,6 +174,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         _check_step(closure)
         self._restore_models()
         self._check_groups()
+        self._num_breaks += 1
         loss = None
         if closure is not None and not self._passes_closure:
             with torch.enable_grad():
@@ -193,6 +195,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients of the parameters and of the factors."""
         self._restore_models()
+        self._num_breaks += 1
         super().zero_grad(set_to_none)
         for factor in self._all_factors():
             if set_to_none or factor.grad is None:
@@ -218,7 +221,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
             for group in resolve_added_group(param_group, self._low_rank, before=names):
                 template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
-                super().add_param_group({**template, **group.options, **own})
+                super().add_param_group(_with_own_tensors({**template, **group.options, **own}))
                 self._slots.append(group.slots)
                 self._options.append(_without_parameters(group.options))
             self._fix_scales()
@@ -292,7 +295,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
             W.grad = W.grad if release.is_dense(W.grad) else None
         self._moved, self._pruned, self._last_lr, self.grad_norm = None, {}, [], None
         self._is_template, self._begun = self.num_updates == 0, None
-        self._num_loads += 1
+        self._num_breaks += 1
         self._changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,13 +337,14 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 f"{self.schedule.warm_start}, ranks {[group['rank'] for group in self.param_groups]})"
             )
         self._make_entries()
+        self._num_breaks += 1
         restart = self.num_restarts + 1
+        self._pruned = prune_states_(  # first: it tries the base, and whatever that raises leaves the cycle as it is
+            self._selected(), self.state, self._base, self._options, self.prune, seed=self.seed, restart=restart
+        )
         for group in self.param_groups:
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
             group["pointing"] = self._num_sketches(group)
-        self._pruned = prune_states_(
-            self._selected(), self.state, self._base, self._options, self.prune, seed=self.seed, restart=restart
-        )
         for W, slot, _, _ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
@@ -489,7 +493,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         self._moved, self._pruned = None, {}
         self._begun = None
         self.grad_norm = None
-        self._num_loads = 0
+        self._num_breaks = 0
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         """Make one update, and what is due before and after it; return what the base returns."""
@@ -641,6 +645,11 @@ class ReLoRAOptimizer(FactoredOptimizer):
             )
         gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
         return bool(found_inf)
+
+
+def _with_own_tensors(group: Group) -> Group:
+    """Return a group whose rate, where it is a tensor, is no other group's: one changed in place counts once."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
 
 
 def _check_step(closure: object) -> None:

@@ -23,9 +23,13 @@ from .factors import draw_generator, factor_dtype, matrix_shape
 from .groups import Selected
 from .inner import Base, Group, State, step
 
+_TRIALS = 8  # steps: some bases begin to adapt after a few
+
 
 def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Group], strategy: prune.Strategy) -> None:
     """Refuse a strategy that could not prune what the base will keep of the factors, by trying the base.
+
+    That is where a mask would meet codes, and where the base holds what a restart of the factors must not throw back.
 
     Args:
         options: the base's options, by number of group.
@@ -33,6 +37,14 @@ def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Gr
     Raises:
         ValueError: names the base, the state and the remedy.
     """
+    weights = list(weights)
+    for number in {weight.number for weight in weights} if not isinstance(strategy, prune.Keep) else ():
+        counters = Counters(base, options[number], torch.zeros(2, 2))
+        if counters.shared:
+            raise ValueError(
+                f"prune={strategy}: {base.name} keeps {', '.join(sorted(counters.shared))} of all that it trains "
+                "together, which the restarts of some would throw back: give prune.keep()"
+            )
     seen: set[tuple[int, torch.Size]] = set()
     for W, slot, group, number in weights if prune.masks(strategy) else ():
         *stacked, m, n = matrix_shape(W, is_batch=slot.is_batch)
@@ -62,16 +74,16 @@ def prune_states_(
     counters: dict[int, Counters] = {}
     for W, slot, group, number in weights:
         entry, counts = state[W], []
-        if number not in counters:
+        if number not in counters and not isinstance(strategy, prune.Keep):
             counters[number] = Counters(base, options[number], entry["A"])
             if isinstance(strategy, prune.Reset):
                 counters[number].reset_(group)
         for key in ("A", "B"):
             factor, kind = entry[key], (number, entry[key].shape)
-            if kind not in fresh:
+            if kind not in fresh and not isinstance(strategy, prune.Keep):
                 fresh[kind] = FreshState(base, group, factor, counters[number])
             generator = draw_generator(seed, f"{slot.name}.{key}_state", restart)
-            own, reset_ = entry[f"{key}_state"], fresh[kind].reset_
+            own, reset_ = entry[f"{key}_state"], fresh[kind].reset_ if kind in fresh else dict.clear
             counts.append(prune.prune_(own, factor.shape, strategy, reset_=reset_, generator=generator))
         pruned[W] = prune.Pruned(*map(sum, zip(*counts, strict=True)))
     return pruned
@@ -85,17 +97,22 @@ def reset_counters_(weights: Iterable[Selected], state: Any, base: Base, options
 
 
 class Counters:
-    """The numbers that a base's steps change in its group (step counts of Adan and of apex's optimizers)."""
+    """The numbers that a base's steps change in its group (step counts of Adan and of apex's optimizers).
+
+    `shared` are those that are not the group's own, and stay: what follows the gradients of other groups (the distance
+    of Prodigy and D-Adaptation), and what the state holds under no parameter's key (MADGRAD's count).
+    """
 
     def __init__(self, base: Base, options: Group, factor: Tensor) -> None:
-        """Try `base` with the options that it was made with over a scratch tensor of the factor's shape."""
-        scratch = torch.zeros_like(factor)
-        optimizer = base.build([{**options, "params": [scratch], "lr": 0.01}])
-        self._fresh = _numbers(optimizer.param_groups[0])
-        scratch.grad = torch.ones_like(scratch)
-        step(optimizer)
-        after = _numbers(optimizer.param_groups[0])
-        self._names = {key for key in after if key not in self._fresh or not _is_equal(after[key], self._fresh[key])}
+        """Try `base` with the options that it was made with over scratch tensors of the factor's shape."""
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn((_TRIALS, *factor.shape), generator=generator, device="cpu").to(factor)
+        optimizer, self._fresh = _tried(base, options, torch.ones_like(random))
+        other, _ = _tried(base, options, random)
+        after, idle, other_idle = map(_numbers, (*optimizer.param_groups, other.param_groups[1]))
+        followed = _changed(idle, other_idle)
+        self.shared = followed | {str(key) for key in optimizer.state if not isinstance(key, Tensor)}
+        self._names = _changed(self._fresh, after) - followed
 
     def reset_(self, group: Group) -> None:
         """Give a group the numbers of a fresh base's, in place."""
@@ -124,7 +141,10 @@ class FreshState:
         )
         scratch = torch.zeros_like(factor)
         self._initial: State = dict(self._build(scratch).state.get(scratch, {}))
-        self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)
+        try:
+            self._zero_is_fresh = not self._initial and self._behaves_as_fresh(factor)
+        except Exception:  # whatever it raises over such a state: SOAP divides by a number in it
+            self._zero_is_fresh = False
 
     def reset_(self, state: State) -> None:
         """Make a used state a fresh one, in place."""
@@ -172,6 +192,24 @@ def _numbers(group: Group) -> dict[str, Any]:
     """Return the numbers in a group, but its rate: copies of those in tensors."""
     numbers = {key: value for key, value in group.items() if isinstance(value, (int, float, Tensor)) and key != "lr"}
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in numbers.items()}
+
+
+def _tried(base: Base, options: Group, gradients: Tensor) -> tuple[Optimizer, dict[str, Any]]:
+    """Return a base that has made a step with each of these gradients in its first group, and none in its second.
+
+    And the numbers of the first group before them.
+    """
+    scratch, idle = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
+    optimizer = base.build([{**options, "params": [p], "lr": 1.0} for p in (scratch, idle)])
+    fresh = _numbers(optimizer.param_groups[0])
+    for gradient in gradients:
+        scratch.grad = gradient.clone()
+        step(optimizer)
+    return optimizer, fresh
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    return {key for key in after if key not in before or not _is_equal(after[key], before[key])}
 
 
 def _is_equal(value: Any, other: Any) -> bool:

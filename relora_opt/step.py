@@ -95,7 +95,7 @@ class Step:
         if compile:
             self._pass = _compiled(self._functional, accumulate, options, has_aux=has_aux)
         self._losses: list[Tensor] = []  # of the update that is accumulated
-        self._num_loads = optimizer._num_loads
+        self._num_breaks = optimizer._num_breaks
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch. Returns the detached loss, or (loss, aux).
@@ -106,10 +106,8 @@ class Step:
             RuntimeError: in the middle of an update that another step of this optimizer has begun.
         """
         self._check_turn()
-        if self._num_loads != self.optimizer._num_loads:
-            self._num_loads = self.optimizer._num_loads
-            if self._num_begun:
-                self._begin_anew()
+        if self._num_begun and self._num_breaks != self.optimizer._num_breaks:
+            self._begin_anew()
         try:
             loss, aux = self._micro_batch(*batch, **kwargs)
         except BaseException:
@@ -121,6 +119,7 @@ class Step:
         self.optimizer._begun = ref(self) if self._num_begun else None
         if not self._num_begun:
             self._update()
+        self._num_breaks = self.optimizer._num_breaks
         return (loss, aux) if self.has_aux else loss
 
     def _micro_batch(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -174,7 +173,10 @@ class Step:
         return self.num_micro_batches % self.accumulate
 
     def _begin_anew(self) -> None:
-        """Forget the micro-batches of an update in the middle of which a state was loaded, or one has failed."""
+        """Forget the micro-batches of an update in the middle of which one has failed, or was no longer of any use.
+
+        Such are those before a load, a restart, a step of the optimizer's or its `zero_grad()` by somebody else.
+        """
         self.num_micro_batches -= self._num_begun
         self.optimizer._begun = None
         self._losses.clear()

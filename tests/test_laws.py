@@ -140,14 +140,11 @@ PLAIN_BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nothing", [{"rank": 0}, {"rank": 4, "targets": []}], ids=str)
 @pytest.mark.parametrize("name", PLAIN_BASES)
-def test_with_nothing_selected_the_wrapper_is_the_base_optimizer_bitwise(
-    name: str, nothing: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_with_nothing_selected_the_wrapper_is_the_base_optimizer_bitwise(name: str, dtype: torch.dtype) -> None:
     base_class, hyperparameters = PLAIN_BASES[name]
     model, plain = mlp(dtype), mlp(dtype)
-    optimizer = ReLoRAOptimizer(model, base_class, schedule=JaggedSchedule(4), **nothing, **hyperparameters)
+    optimizer = ReLoRAOptimizer(model, base_class, schedule=JaggedSchedule(4), rank=0, **hyperparameters)
     base = base_class(plain.parameters(), **hyperparameters)
     step = stepper("dense", optimizer, model)
     for u in range(9):

@@ -387,3 +387,24 @@ def test_the_last_rate_and_norm_are_not_those_of_the_run_before_a_load() -> None
     optimizer.load_state_dict(saved)
     assert optimizer.last_lr() == [0.01, 0.01]
     assert optimizer.grad_norm is None
+
+
+@pytest.mark.parametrize("what", ["step", "zero_grad", "restart"])
+def test_micro_batches_before_somebody_elses_step_zeroing_or_restart_are_not_counted(what: str) -> None:
+    model = mlp(torch.float64)
+    optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, alpha=2, lr=0.1)
+    step = optimizer.make_step(model, mse, compile=False, accumulate=3)
+    for index in range(2):
+        step(*batch(index, torch.float64))
+    getattr(optimizer, what)()
+    twin = copy.deepcopy((model, optimizer))
+    other = twin[1].make_step(twin[0], mse, compile=False, accumulate=3)
+    twin[1].zero_grad()
+    made = optimizer.num_updates
+    for index in range(3):
+        assert optimizer.num_updates == made
+        step(*batch(index, torch.float64))
+        other(*batch(index, torch.float64))
+    assert optimizer.num_updates == made + 1
+    for ours, theirs in zip(model.parameters(), twin[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -163,7 +163,6 @@ def spelled(value: object) -> str:
         (["weight"], [*MLP_WEIGHTS, "head.weight"]),
         (is_of_shape_6_7, ["first.weight"]),
         (is_the_heads, ["head.weight"]),
-        ([], []),
     ],
     ids=spelled,
 )
@@ -243,9 +242,34 @@ def test_a_parameter_without_a_shape_is_an_error_that_names_it(targets: Any) -> 
         select(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8)), targets=targets)
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"targets": []}, {"targets": ()}, {"rank": 0, "targets": ["first"]}])
-def test_rank_0_and_no_targets_select_nothing(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 0, "targets": []}, {"rank": 0, "targets": ["first"]}])
+def test_rank_0_selects_nothing(options: dict[str, Any]) -> None:
     assert select(mlp(), **options) == []
+
+
+@pytest.mark.parametrize("targets", [[], ()], ids=str)
+def test_a_rank_with_no_targets_is_refused(targets: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.LayerNorm(16))
+    assert default_targets(model) == []
+    with pytest.raises(ValueError, match=r"rank=2, targets=.*: no weight is selected; .* pass rank=0"):
+        select(mlp(), targets=targets)
+
+
+def test_a_group_whose_rank_would_not_count_is_refused() -> None:
+    model, more = mlp(), nn.Linear(8, 8)
+    pairs = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [{"params": pairs[:-1]}, {"params": pairs[-1:], "rank": 3}]
+    with pytest.raises(
+        ValueError, match=r"a group says rank=3, and none of its 1 parameters is a matrix that targets="
+    ):
+        ReLoRAOptimizer(groups, AdamW, rank=2, targets=[pairs[0][0]], lr=1e-3)
+    optimizer = ReLoRAOptimizer(model, AdamW, rank=2, targets=[pairs[0][0]], lr=1e-3)
+    before = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match=r"a group says rank=4, and none .*: name some, or leave rank out"):
+        optimizer.add_param_group({"params": [("more", more.weight)], "rank": 4})
+    assert len(optimizer.param_groups) == before
+    optimizer.add_param_group({"params": [("more", more.weight)], "rank": 0})
+    assert optimizer.selected == [pairs[0][0]]
 
 
 def test_a_rank_above_every_weight_is_an_error_with_the_largest_side() -> None:

@@ -1,0 +1,188 @@
+"""Bases that keep more than the state of their parameters are reset as fresh ones, or refused where that cannot be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from models import batch, mlp, mse
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
+
+
+class Plain(Optimizer):
+    """SGD of a rate that it keeps in its group or its state, by `rate_of`, as adaptive optimizers do."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, **options})
+
+    def rate_of(self, group: dict[str, Any]) -> float:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate = self.rate_of(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["moment"] = p.grad.clone()
+                    p.sub_(p.grad, alpha=rate * group["lr"])
+
+
+class Distance(Plain):
+    """Its distance follows the gradients of all groups, after a few steps, as Prodigy's and D-Adaptation's do."""
+
+    def rate_of(self, group: dict[str, Any]) -> float:
+        gradients = [p.grad for own in self.param_groups for p in own["params"] if p.grad is not None]
+        group["k"] = group.get("k", 0) + 1
+        if group["k"] > 5:
+            group["d"] = max(group.get("d", 1.0), 1.0 + float(sum(g.abs().sum() for g in gradients)))
+        return float(group.get("d", 1.0))
+
+
+class CountsAll(Plain):
+    """It counts the steps of all parameters together, in its state, as MADGRAD does."""
+
+    def rate_of(self, group: dict[str, Any]) -> float:
+        if group is self.param_groups[0]:
+            self.state["k"] = self.state.get("k", 0) + 1
+        return float(self.state["k"])
+
+
+class Grows(Plain):
+    """Its rate grows with a sum in its group, from the fourth step on, whatever the gradients are."""
+
+    def rate_of(self, group: dict[str, Any]) -> float:
+        group["k"] = group.get("k", 0) + 1
+        group["sum"] = group.get("sum", 0.0) + (0.5 if group["k"] > 3 else 0.0)
+        return 1.0 + float(group["sum"])
+
+
+class Divides(SGD):
+    """It divides by a number in its state, which is never 0, as SOAP does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state.update(every=3, count=0)
+            state["count"] += 1
+            state["due"] = state["count"] % state["every"]
+        super().step()
+
+
+def trained(base: Callable[..., Optimizer], steps: int, **options: Any) -> tuple[nn.Module, ReLoRAOptimizer]:
+    model = mlp(torch.float64)
+    optimizer = ReLoRAOptimizer(model, base, rank=2, alpha=2, lr=0.01, **options)
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: ReLoRAOptimizer, updates: Iterable[int]) -> None:
+    for index in updates:
+        optimizer.zero_grad()
+        mse(model, *batch(index, torch.float64)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [(Distance, "keeps d of all"), (CountsAll, "keeps k of all")], ids=["distance", "count"]
+)
+@pytest.mark.parametrize("how", [prune.reset(), prune.magnitude(0.9), prune.random(0.9)], ids=str)
+def test_what_a_base_keeps_of_all_it_trains_cannot_be_reset(base: Any, named: str, how: prune.Strategy) -> None:
+    with pytest.raises(ValueError, match=f"{base.__name__} {named} that it trains together, .*: give prune.keep"):
+        trained(base, 0, prune=how)
+    trained(base, 9, prune=prune.keep(), schedule=JaggedSchedule(4, warm_start=2))
+
+
+@pytest.mark.parametrize("base", [Grows, Divides, AdamW], ids=lambda base: base.__name__)
+def test_after_a_reset_a_base_is_a_fresh_one(base: Any) -> None:
+    model, optimizer = trained(base, 12, schedule=JaggedSchedule(12))
+    other = copy.deepcopy(model)
+    fresh = ReLoRAOptimizer(other, base, rank=2, alpha=2, lr=0.01, schedule=JaggedSchedule(0))
+    weights = [(p, q) for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True)]
+    low_rank = [
+        (p, q) for (p, q), name in zip(weights, dict(model.named_parameters()), strict=True) if name in fresh.selected
+    ]
+    for p, q in low_rank:
+        for ours, theirs in zip(optimizer.factors(p), fresh.factors(q), strict=True):
+            theirs.data.copy_(ours)
+    before = [p.detach().clone() for p, _ in low_rank]
+    train(model, optimizer, range(12, 13))
+    train(other, fresh, range(12, 13))
+    for (p, q), start in zip(low_rank, before, strict=True):
+        assert not torch.equal(p, start)
+        assert torch.equal(p, q)
+
+
+class Around(Optimizer):
+    """A Lookahead around another optimizer, which its own state does not hold."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        self.inner = AdamW(groups, **options)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "inner": self.inner.state_dict()}
+
+
+def test_a_base_with_state_beside_its_parameters_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="Around keeps inner beside the state of its parameters, which would be neither"
+    ):
+        trained(Around, 0)
+
+
+def test_a_base_whose_step_would_not_be_the_one_that_is_called_is_refused() -> None:
+    def hooked(groups: Any, **options: Any) -> Optimizer:
+        base = AdamW(groups, **options)
+        base.register_step_post_hook(lambda *_: None)
+        return base
+
+    def scheduled(groups: Any, **options: Any) -> Optimizer:
+        base = AdamW(groups, **options)
+        torch.optim.lr_scheduler.ConstantLR(base)
+        return base
+
+    for base in (hooked, scheduled):
+        with pytest.raises(ValueError, match="base gave a AdamW with step hooks, or a step that was replaced"):
+            trained(base, 0)
+
+
+def test_a_restart_that_fails_leaves_the_cycle_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(AdamW, 3)
+    clock, factors = (
+        optimizer.clock,
+        [f.detach().clone() for p in low_rank_of(model, optimizer) for f in optimizer.factors(p)],
+    )
+    monkeypatch.setattr("relora_opt.optimizer.prune_states_", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        optimizer.restart()
+    assert optimizer.clock == clock
+    now = [f for p in low_rank_of(model, optimizer) for f in optimizer.factors(p)]
+    assert all(torch.equal(one, other) for one, other in zip(factors, now, strict=True))
+
+
+def low_rank_of(model: nn.Module, optimizer: ReLoRAOptimizer) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if name in optimizer.selected]
+
+
+def test_a_rate_that_is_a_tensor_is_each_groups_own() -> None:
+    optimizer = ReLoRAOptimizer(mlp(), AdamW, rank=2, lr=torch.tensor(0.01))
+    optimizer.add_param_group(
+        {"params": [("more.weight", nn.Linear(8, 8).weight), ("more.bias", nn.Linear(8, 8).bias)]}
+    )
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
+        [0.005] * len(optimizer.param_groups)
+    )
