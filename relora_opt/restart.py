@@ -12,6 +12,7 @@ This file does not know clocks or models; the strategies are in prune.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -39,10 +40,12 @@ def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Gr
     """
     weights = list(weights)
     for number in {weight.number for weight in weights} if not isinstance(strategy, prune.Keep) else ():
-        counters = Counters(base, options[number], torch.zeros(2, 2))
-        if counters.shared:
+        shared: set[str] = set()
+        with suppress(Exception):  # a base that cannot be tried says so by itself
+            shared = Counters(base, options[number], torch.zeros(2, 2)).shared
+        if shared:
             raise ValueError(
-                f"prune={strategy}: {base.name} keeps {', '.join(sorted(counters.shared))} of all that it trains "
+                f"prune={strategy}: {base.name} keeps {', '.join(sorted(shared))} of all that it trains "
                 "together, which the restarts of some would throw back: give prune.keep()"
             )
     seen: set[tuple[int, torch.Size]] = set()
@@ -104,9 +107,10 @@ class Counters:
     """
 
     def __init__(self, base: Base, options: Group, factor: Tensor) -> None:
-        """Try `base` with the options that it was made with over scratch tensors of the factor's shape."""
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn((_TRIALS, *factor.shape), generator=generator, device="cpu").to(factor)
+        """Try `base` with the options that it was made with over small tensors like the factor."""
+        generator, shape = torch.Generator().manual_seed(0), (_TRIALS, *(2 for _ in factor.shape))
+        random = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        random = random.to(factor.device, factor.dtype)
         optimizer, self._fresh = _tried(base, options, torch.ones_like(random))
         other, _ = _tried(base, options, random)
         after, idle, other_idle = map(_numbers, (*optimizer.param_groups, other.param_groups[1]))
@@ -195,7 +199,7 @@ def _numbers(group: Group) -> dict[str, Any]:
 
 
 def _tried(base: Base, options: Group, gradients: Tensor) -> tuple[Optimizer, dict[str, Any]]:
-    """Return a base that has made a step with each of these gradients in its first group, and none in its second.
+    """Return a base that has made a step with each of these gradients in its first group, and zeros in its second.
 
     And the numbers of the first group before them.
     """
@@ -203,7 +207,7 @@ def _tried(base: Base, options: Group, gradients: Tensor) -> tuple[Optimizer, di
     optimizer = base.build([{**options, "params": [p], "lr": 1.0} for p in (scratch, idle)])
     fresh = _numbers(optimizer.param_groups[0])
     for gradient in gradients:
-        scratch.grad = gradient.clone()
+        scratch.grad, idle.grad = gradient.clone(), torch.zeros_like(gradient)
         step(optimizer)
     return optimizer, fresh
 

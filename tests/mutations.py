@@ -453,8 +453,8 @@ MUTATIONS = (
     Mutation(
         "point A once and never at a restart",
         "optimizer.py",
-        'group["pointing"] = self._num_sketches(group)\n        self._pruned = prune_states_',
-        "pass\n        self._pruned = prune_states_",
+        'self.num_updates\n            group["pointing"] = self._num_sketches(group)\n',
+        "self.num_updates\n",
         ("test_pointing.py", "every_cycle_points"),
     ),
     Mutation(
@@ -676,9 +676,9 @@ MUTATIONS = (
     ),
     Mutation(
         "step on micro-batches from before a load",
-        "step.py",
-        "            if self._num_begun:\n",
-        "            if False:\n",
+        "optimizer.py",
+        "        self._num_breaks += 1\n        self._changed()\n",
+        "        self._changed()\n",
         ("test_laws_step.py", "loaded_in_the_middle"),
     ),
     Mutation(
@@ -736,6 +736,34 @@ MUTATIONS = (
         "pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))",
         "(loss, aux)",
         ("test_replays.py", "train_as_without"),
+    ),
+    Mutation(
+        "count micro-batches whose gradients somebody has dropped",
+        "step.py",
+        "if self._num_begun and self._num_breaks != self.optimizer._num_breaks:",
+        "if False:",
+        ("test_meddling.py", "zeroing_or_restart"),
+    ),
+    Mutation(
+        "reset what follows the gradients of other groups",
+        "restart.py",
+        "followed = _changed(idle, other_idle)",
+        "followed: set[str] = set()",
+        ("test_foreign_bases.py", "keeps_of_all"),
+    ),
+    Mutation(
+        "try a base by a single step",
+        "restart.py",
+        "_TRIALS = 8",
+        "_TRIALS = 1",
+        ("test_foreign_bases.py", "is_a_fresh_one and Grows"),
+    ),
+    Mutation(
+        "let groups share a rate that is a tensor",
+        "optimizer.py",
+        "value.clone() if isinstance(value, Tensor) else value",
+        "value",
+        ("test_foreign_bases.py", "each_groups_own"),
     ),
     Mutation(
         "swap low-rank weights in where a compiled module hides them",

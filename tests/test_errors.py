@@ -215,7 +215,7 @@ MISTAKES = {
         lambda: of_group(max_grad_norm=1.0), TypeError, "max_grad_norm=1.0", "ReLoRAOptimizer(..., max_grad_norm=...)"
     ),
     "init in an added group": Mistake(
-        lambda: used().add_param_group({"params": [nn.Parameter(torch.ones(6, 6))], "rank": 2, "init": "kaiming"}),
+        lambda: used().add_param_group({"params": [nn.Parameter(torch.ones(6, 6))], "init": "kaiming"}),
         TypeError,
         "init='kaiming'",
         "for all groups",

@@ -59,8 +59,9 @@ class Grows(Plain):
 
     def rate_of(self, group: dict[str, Any]) -> float:
         group["k"] = group.get("k", 0) + 1
-        group["sum"] = group.get("sum", 0.0) + (0.5 if group["k"] > 3 else 0.0)
-        return 1.0 + float(group["sum"])
+        if group["k"] > 3:
+            group["sum"] = group.get("sum", 0.0) + 0.5
+        return 1.0 + float(group.get("sum", 0.0))
 
 
 class Divides(SGD):

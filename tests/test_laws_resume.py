@@ -197,7 +197,8 @@ class Counting(torch.optim.SGD):
 def test_what_a_base_keeps_of_no_parameter_is_saved_and_outlasts_the_switch(rank: int) -> None:
     def build() -> tuple[nn.Module, ReLoRAOptimizer]:
         model = mlp(torch.float64)
-        return model, ReLoRAOptimizer(model, Counting, rank=rank, lr=0.1, schedule=JaggedSchedule(3, warm_start=2))
+        schedule = JaggedSchedule(3, warm_start=2)
+        return model, ReLoRAOptimizer(model, Counting, rank=rank, lr=0.1, schedule=schedule, prune=prune.keep())
 
     def train(model: nn.Module, optimizer: ReLoRAOptimizer, updates: range) -> None:
         for index in updates:

@@ -235,6 +235,7 @@ def test_muon_gets_the_factors_as_the_matrices_they_are() -> None:
 
     model = Matrices()
     optimizer = ReLoRAOptimizer(model, Recording, rank=2, alpha=2, targets=["first", "second"])
+    seen.clear()  # of trials
     stepper("dense", optimizer, model)(*batch(0))
     assert seen[:4] == [(2, 5), (7, 2), (2, 7), (6, 2)]
 
