@@ -271,11 +271,13 @@ class ReLoRAOptimizer(FactoredOptimizer):
         if self._drafts:
             self._make_entries()
         live = dict(self.state)
-        hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, OrderedDict()
+        pre, post = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()  # called last: what they put here stays
         try:
             super().load_state_dict(state_dict)
         finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
         # torch has cast every floating tensor to its parameter's dtype; here everything keeps the one it was saved in.
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for W, index in zip(group["params"], saved_group["params"], strict=True):
@@ -297,6 +299,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
         self._is_template, self._begun = self.num_updates == 0, None
         self._num_breaks += 1
         self._changed()
+        for loaded_hook in post.values():
+            loaded_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}

@@ -216,3 +216,21 @@ def test_what_a_base_keeps_of_no_parameter_is_saved_and_outlasts_the_switch(rank
     fresh.load_state_dict(saved[1])
     train(other, fresh, range(6, 9))
     assert differences(snapshot(model, optimizer), snapshot(other, fresh)) == []
+
+
+def test_what_a_hook_puts_into_the_state_after_loading_stays_there() -> None:
+    model, optimizer = build(torch.float32, "AdamW")
+    run("dense", model, optimizer, 0, 9)
+    saved = copy.deepcopy(optimizer.state_dict())
+    bias, W = model.head.bias, model.first.weight
+
+    def put(loaded: Any) -> None:
+        loaded.state[bias]["exp_avg"] = torch.full_like(bias, 0.25)
+        loaded.state[W]["A_state"]["exp_avg"].fill_(0.5)
+        loaded.param_groups[0]["pointing"] = 7
+
+    optimizer.register_load_state_dict_post_hook(put)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[bias]["exp_avg"].eq(0.25).all()
+    assert optimizer.state[W]["A_state"]["exp_avg"].eq(0.5).all()
+    assert optimizer.param_groups[0]["pointing"] == 7
