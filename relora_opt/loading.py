@@ -66,14 +66,21 @@ def check_names(saved: StateDict, names: list[str]) -> None:
 
 
 def check_layouts(saved: StateDict, weights: Iterable[Selected]) -> None:
-    """Refuse the factors of a sharded weight for a whole one, and the other way round.
+    """Refuse the factors of a sharded weight for a whole one, of stacked matrices for one, and the other way round.
 
     Raises:
-        ValueError: names the weight and what gathers or shards a state.
+        ValueError: names the weight, and what gathers or shards a state, or how the group is made.
     """
     for weight, index in _indices(saved, weights):
         entry = saved["state"].get(index)
-        if is_low_rank(entry) and is_sharded(weight.W) != is_sharded(entry["A"]):
+        if not is_low_rank(entry):
+            continue
+        if weight.slot.is_batch != (entry["A"].dim() == 3):
+            raise ValueError(
+                f"the saved factors of {weight.slot.name} were made with stacked={not weight.slot.is_batch}, and this "
+                f"optimizer has stacked={weight.slot.is_batch}: construct it alike"
+            )
+        if is_sharded(weight.W) != is_sharded(entry["A"]):
             have, want = ("sharded", "is not") if is_sharded(entry["A"]) else ("not sharded", "is")
             raise ValueError(
                 f"the saved factors of {weight.slot.name} are {have}, but the weight {want}: save and load through "

@@ -70,6 +70,12 @@ def of_group(**options: Any) -> ReLoRAOptimizer:
     return ReLoRAOptimizer([{"params": [nn.Parameter(torch.ones(6, 6))], "rank": 2, **options}], lr=0.1)
 
 
+def of_stack(*, stacked: bool) -> ReLoRAOptimizer:
+    optimizer = of_group(params=[nn.Parameter(torch.ones(3, 6, 5))], stacked=stacked)
+    optimizer.restart()
+    return optimizer
+
+
 def warm() -> ReLoRAOptimizer:
     return relora(mlp(), schedule=JaggedSchedule(5, warm_start=3))
 
@@ -453,6 +459,18 @@ MISTAKES = {
         ValueError,
         "rank [3, 0]",
         "construct it alike",
+    ),
+    "factors of a stack for one matrix": Mistake(
+        lambda: of_stack(stacked=False).load_state_dict(of_stack(stacked=True).state_dict()),
+        ValueError,
+        "factors of param0 were made with stacked=True",
+        "has stacked=False: construct it alike",
+    ),
+    "factors of one matrix for a stack": Mistake(
+        lambda: of_stack(stacked=True).load_state_dict(of_stack(stacked=False).state_dict()),
+        ValueError,
+        "factors of param0 were made with stacked=False",
+        "has stacked=True: construct it alike",
     ),
     "another schedule": Mistake(
         lambda: warm().load_state_dict(used().state_dict()),
