@@ -21,7 +21,18 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .places import Held, Place, check_held, check_hooks, check_module, key_of, structure, traced_paths, unwrapped
+from .places import (
+    Held,
+    Place,
+    check_factors,
+    check_held,
+    check_hooks,
+    check_module,
+    key_of,
+    structure,
+    traced_paths,
+    unwrapped,
+)
 from .release import has_foreign_hook
 from .select import PARALLEL
 from .sharding import is_sharded
@@ -127,7 +138,7 @@ class FunctionalModel(nn.Module):
         """Register anew where something has changed: layers were moved, weights frozen or unfrozen, or factors drawn.
 
         Raises:
-            RuntimeError: where a parameter was replaced, or a low-rank weight has a gradient hook.
+            RuntimeError: where a parameter was replaced, a factor was frozen, or a low-rank weight has a gradient hook.
         """
         check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
@@ -136,6 +147,7 @@ class FunctionalModel(nn.Module):
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)
         check_hooks(self._places, self._models[0], has_foreign_hook)
+        check_factors(self._places, self._factors, self._models[0])
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""

@@ -97,6 +97,17 @@ def check_hooks(places: Iterable[Place], model: nn.Module, has_hook: Callable[[T
             )
 
 
+def check_factors(places: Iterable[Place], factors: Iterable[tuple[Tensor, Tensor, Tensor]], model: nn.Module) -> None:
+    """Refuse factors that were frozen by themselves: whoever unfreezes their weight, or loads, would not reach them."""
+    for place, (_, A, B) in zip(places, factors, strict=True):
+        if not (A.requires_grad and B.requires_grad):
+            raise RuntimeError(
+                f"{_path(model, place.module, place.name)} is to be trained, but a factor of it was frozen: set "
+                "requires_grad of both optimizer.factors(W) to True, and freeze the model's own parameters instead of "
+                "the functional model's"
+            )
+
+
 def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be the nn.Module that the optimizer trains")

@@ -182,6 +182,30 @@ def test_what_is_frozen_shows_no_factors_and_its_state_survives() -> None:
     assert torch.equal(momentum, optimizer.state[model[1].weight]["B_state"]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("path", ["functional", "step"])
+def test_factors_that_are_frozen_by_themselves_are_refused_until_they_are_trained_again(path: str) -> None:
+    model, x = layers(), torch.ones(2, 6, dtype=torch.float64)
+    optimizer = sgd(model)
+    f = optimizer.functional(model)
+    call = f if path == "functional" else optimizer.make_step(model, loss_of, compile=False)
+    f.requires_grad_(False)
+    for change in (lambda: None, lambda: model.requires_grad_(True)):
+        change()
+        with pytest.raises(
+            RuntimeError, match=r"^0\.weight is to be trained, but a factor of it was frozen: set requires_grad"
+        ):
+            call(x)
+    model.requires_grad_(False)
+    f(x)
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="a factor of it was frozen"):
+        call(x)
+    for weight in (layer.weight for layer in model[:3]):
+        for factor in optimizer.factors(weight):
+            factor.requires_grad_(True)
+    call(x)
+
+
 @pytest.mark.parametrize("path", ["functional", "dense"])
 def test_a_discriminator_that_is_frozen_while_its_generator_trains_is_left_alone(path: str) -> None:
     generator, critic = layers(), layers()
