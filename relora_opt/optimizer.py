@@ -511,7 +511,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 self.grad_norm = gradients.clip_(parameters, self.max_grad_norm)
             self._last_lr = self._rates()
             self._inner.set_rates(self.param_groups, self._last_lr)
-            before = Before(weights)
+            before = Before(weights, base)
             try:
                 result = inner.step(base, closure)
             finally:  # W goes with its factors, also where the base has failed after it moved some

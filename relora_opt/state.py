@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .factors import draw_a, draw_b, draw_generator, factor_dtype, matrix_shape, move_, movements
 from .groups import Slot
-from .sharding import is_sharded, lay_out_factors
+from .sharding import full, is_sharded, lay_out_factors
 
 Entry = dict[str, Any]
 
@@ -94,28 +95,32 @@ def factors_of(weights: Iterable[LowRankState]) -> list[Tensor]:
 
 
 class Before:
-    """What the factors of weights are before the base's step, to find out which of them it moves, and how far."""
+    """What the factors of weights are before the step of a base, to find out which of them it moves, and how far."""
 
-    def __init__(self, weights: Sequence[LowRankState]) -> None:
+    def __init__(self, weights: Sequence[LowRankState], base: Optimizer) -> None:
         self._weights = weights
-        factors = factors_of(weights)
-        self._versions = [factor._version for factor in factors]
-        self._copies = _copies(factors)
+        self._copies = _copies(factors_of(weights))
+        self._moves_idle = not type(base).__module__.startswith("torch.optim.")
 
     def moved(self) -> tuple[list[LowRankState], list[Tensor]]:
-        """Return the weights that have gradients or were written to, and what their factors were.
+        """Return the weights that have gradients or other factors now, and what their factors were.
 
         Torch's optimizers leave alone what has no gradient; others may not (a Lookahead, which pulls all of its
-        parameters back). Torch counts whatever is written into a tensor.
+        parameters back). Torch would count what they write, but not through `.data`: so values are compared.
         """
-        moving: list[LowRankState] = []
-        before: list[Tensor] = []
-        for place, weight in enumerate(self._weights):
-            pair = slice(2 * place, 2 * place + 2)
-            if weight.has_gradient or [weight.A._version, weight.B._version] != self._versions[pair]:
-                moving.append(weight)
-                before += self._copies[pair]
-        return moving, before
+        pairs = zip(self._copies[::2], self._copies[1::2], strict=True)
+        places = list(zip(self._weights, pairs, strict=True))
+        idle = [place for place in places if self._moves_idle and not place[0].has_gradient]
+        written = _written(idle)
+        moved = [place for place in places if place[0].has_gradient or place[0].W in written]
+        return [weight for weight, _ in moved], [copy for _, pair in moved for copy in pair]
+
+
+def _written(places: Sequence[tuple[LowRankState, tuple[Tensor, Tensor]]]) -> set[Tensor]:
+    """Return the weights whose A and B are no longer these; the device is waited for once."""
+    flags = [full((weight.A != A).any()) | full((weight.B != B).any()) for weight, (A, B) in places]
+    differ = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return {weight.W for (weight, _), is_other in zip(places, differ, strict=True) if is_other}
 
 
 def _copies(factors: list[Tensor]) -> list[Tensor]:

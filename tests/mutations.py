@@ -362,9 +362,9 @@ MUTATIONS = (
     Mutation(
         "leave a weight where a base moves idle factors",
         "state.py",
-        "if weight.has_gradient or [weight.A._version, weight.B._version] != self._versions[pair]:",
-        "if weight.has_gradient:",
-        ("test_meddling.py", "moves_without_a_gradient"),
+        "if place[0].has_gradient or place[0].W in written]",
+        "if place[0].has_gradient]",
+        ("test_moves.py", "moves_without_gradients"),
     ),
     Mutation(
         "match a scale that goes with the size of the weight",
