@@ -181,7 +181,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 loss = closure()
         if self._amp_skips():
             return loss
-        counts = not phantom.is_phantom(self.param_groups, self.state)
+        counts = not phantom.is_phantom(self.param_groups, self.state, self._all_factors())
         if counts and self._is_template:
             if self.num_updates == 0:
                 phantom.forget_all_(self.state)

@@ -12,18 +12,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from .groups import Selected
 from .release import numbers_of
 from .sharding import full
 from .state import is_low_rank
 
 
-def is_phantom(groups: list[dict[str, Any]], state: Any) -> bool:
-    """Say whether a step is the phantom one: no state yet, every rate 0, gradients, and every one of them zero."""
+def is_phantom(groups: list[dict[str, Any]], state: Any, factors: Iterable[Tensor]) -> bool:
+    """Say whether a step is the phantom one: no state yet, every rate 0, gradients, and every one of them zero.
+
+    Those of the factors, which the phantom step does not know of, must be zero too where there are any.
+    """
     if state or any(float(group["lr"]) != 0.0 for group in groups):
         return False
     found = [part for group in groups for p in group["params"] for part in numbers_of(p.grad)]
-    return bool(found) and not any(bool(full(gradient.any())) for gradient in found)
+    others = [factor.grad for factor in factors if factor.grad is not None]
+    return bool(found) and not any(bool(full(gradient.any())) for gradient in (*found, *others))
 
 
 def forget_(state: Any, weights: Iterable[Selected]) -> None:

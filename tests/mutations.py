@@ -243,7 +243,7 @@ MUTATIONS = (
     Mutation(
         "count the phantom step of distributed checkpoint",
         "optimizer.py",
-        "counts = not phantom.is_phantom(self.param_groups, self.state)",
+        "counts = not phantom.is_phantom(self.param_groups, self.state, self._all_factors())",
         "counts = True",
         ("test_laws_resume.py", "phantom"),
     ),

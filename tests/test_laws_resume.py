@@ -139,6 +139,18 @@ def test_the_phantom_step_of_distributed_checkpoint_changes_nothing_and_does_not
     assert not differences(*runs)
 
 
+def test_a_first_update_at_rate_0_that_only_factors_have_gradients_for_is_counted() -> None:
+    model = mlp()
+    optimizer = relora(model, lr=0.0)
+    f = optimizer.functional(model)
+    mse(f, *batch(0)).backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.num_updates == 1
+    assert optimizer.state[model.first.weight]["B_state"]["exp_avg"].any()
+
+
 @pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize("stop", [0, 3, 6, 7, 12, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
