@@ -128,10 +128,10 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
     trained: list[Tensor] = []
     for group in optimizer.param_groups:
         has_factors = group["rank"] > 0 and optimizer.is_low_rank
-        for p in group["params"]:
+        for p in (p for p in group["params"] if p.requires_grad):
             entry = optimizer.state.get(p)
             factors = (entry["A"], entry["B"]) if is_low_rank(entry) else optimizer.factors(p) if has_factors else (p,)
-            trained += [factor for factor in factors if factor.requires_grad]
+            trained += factors
     low_rank = [entry for entry in optimizer.state.values() if is_low_rank(entry)]
     factor_bytes = sum(_bytes(entry[name]) for entry in low_rank for name in ("A", "B"))
     master_bytes = sum(_bytes(entry["master"]) for entry in low_rank if "master" in entry)

@@ -117,6 +117,21 @@ def test_frozen_parameters_are_not_trained_and_cost_adamw_nothing() -> None:
     )
 
 
+@pytest.mark.parametrize("num_updates", [0, 5], ids=lambda u: f"after {u}")
+def test_factors_of_weights_that_are_frozen_are_held_but_not_trained(num_updates: int) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    step = stepper("functional", optimizer, model)
+    for index in range(num_updates):
+        step(*batch(index))
+    before = memory(optimizer)
+    model.first.weight.requires_grad_(False)
+    sizes, frozen = memory(optimizer), 2 * (6 + 7)
+    assert sizes.num_trainable == before.num_trainable - frozen == FACTORS + DENSE - frozen
+    assert sizes.gradient_bytes == before.gradient_bytes - 4 * frozen
+    assert sizes.state_bytes == before.state_bytes
+
+
 def test_tied_weights_count_once_and_rank_0_is_full_rank() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9, bias=False))
     model[1].weight = model[0].weight
