@@ -225,13 +225,17 @@ def _finite(value: float) -> float | None:
 
 
 def _bytes(tensor: Tensor) -> int:
+    """Return the bytes that this rank holds of a tensor; of one that is made of others (torchao's low-bit), theirs."""
     held = local(tensor)
+    if hasattr(held, "__tensor_flatten__"):
+        names, _ = held.__tensor_flatten__()
+        return sum(_bytes(getattr(held, name)) for name in names)
     return held.numel() * held.element_size()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (dict, list)):
+    elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)

@@ -51,6 +51,7 @@ def train(model: nn.Linear, optimizer: ReLoRAOptimizer, first: int, last: int) -
     return {"model": model.state_dict(), "clock": optimizer.clock}
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 TORCHAO = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
 BITSANDBYTES = ("AdamW8bit", "Lion8bit", "SGD8bit")
 SGD8BIT = {"momentum": 0.9}
@@ -66,7 +67,7 @@ def test_torchaos_states_are_pruned_by_value(torchao: Any, name: str) -> None:
     model, optimizer = build(getattr(torchao, name), every=0, prune=prune.magnitude(0.75))
     train(model, optimizer, 0, 3)
     states = [optimizer.state[model.weight][key] for key in ("A_state", "B_state")]
-    before = [{key: state[key].dequantize() for key in ("exp_avg", "exp_avg_sq")} for state in states]
+    before = [{key: state[key].dequantize() for key in MOMENTS} for state in states]
     optimizer.restart()
     for state, old in zip(states, before, strict=True):
         size = old["exp_avg"].abs()
@@ -101,6 +102,17 @@ def test_after_a_reset_torchaos_next_updates_equal_a_fresh_ones_bitwise(torchao:
         fresh.step()
         for factor, twin in zip(optimizer.factors(model.weight), twins, strict=True):
             assert torch.equal(factor, twin)
+
+
+def test_torchaos_states_are_as_large_as_their_codes_and_scales(torchao: Any) -> None:
+    model, optimizer = build(torchao.AdamW8bit)
+    train(model, optimizer, 0, 1)
+    states = [optimizer.state[model.weight][key][moment] for key in ("A_state", "B_state") for moment in MOMENTS]
+    parts = [getattr(state, name) for state in states for name in state.__tensor_flatten__()[0]]
+    num_codes = 2 * RANK * sum(SHAPE)
+    assert num_codes < sum(part.numel() * part.element_size() for part in parts) < 1.3 * num_codes
+    dense = 2 * SHAPE[0] * 4 + 3 * 4  # the bias's moments, too small for codes, and three counters
+    assert optimizer.memory().base_bytes == sum(part.numel() * part.element_size() for part in parts) + dense
 
 
 def assert_continues(base: Base, **changes: Any) -> None:

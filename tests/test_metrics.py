@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import MLP, PATHS, batch, differences, jagged_schedule, mlp, relora, selected_weights, snapshot, stepper
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_opt import JaggedSchedule, Memory, Metrics, ReLoRAOptimizer, WeightMetrics, memory, prune
@@ -130,6 +131,28 @@ def test_factors_of_weights_that_are_frozen_are_held_but_not_trained(num_updates
     assert sizes.num_trainable == before.num_trainable - frozen == FACTORS + DENSE - frozen
     assert sizes.gradient_bytes == before.gradient_bytes - 4 * frozen
     assert sizes.state_bytes == before.state_bytes
+
+
+class Hoarding(torch.optim.SGD):
+    """SGD that keeps tensors made of others, whose own dtype says nothing of their size, in containers of any kind."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                low = TwoTensor(torch.zeros(p.shape, dtype=torch.float64), torch.zeros(p.shape, dtype=torch.float64))
+                self.state[p] = {
+                    "made of two": low,
+                    "made of three": TwoTensor(low, torch.zeros(p.shape, dtype=torch.float64)),
+                    "many": (torch.zeros(3), [torch.zeros(5), (torch.zeros(7),)]),
+                }
+        return super().step(closure)
+
+
+def test_every_byte_of_what_a_base_keeps_is_counted_however_it_is_kept() -> None:
+    model = mlp()
+    optimizer = ReLoRAOptimizer(model, Hoarding, rank=2, alpha=2, targets=["first", "second"], lr=0.1)
+    stepper("dense", optimizer, model)(*batch(0))
+    assert memory(optimizer).base_bytes == (FACTORS + DENSE) * 5 * 8 + (NUM_DENSE_TENSORS + 4) * 15 * 4
 
 
 def test_tied_weights_count_once_and_rank_0_is_full_rank() -> None:
