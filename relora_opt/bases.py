@@ -11,7 +11,8 @@ Sources: Muon, Keller Jordan et al. 2024; updates of AdamW's size for it, Liu et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -58,9 +59,11 @@ class MuonBesideAdamW(Optimizer):
 
     Raises:
         ValueError: where a parameter of Muon's is not a matrix, in Muon's words.
+        TypeError: for an option that neither of the two takes.
     """
 
     def __init__(self, params: Any, *, muon: Part, adamw: Part, **options: Any) -> None:
+        _check_options(options, (muon, adamw))
         self._makers = (muon, adamw)
         super().__init__(params, options)
 
@@ -94,3 +97,16 @@ class MuonBesideAdamW(Optimizer):
                 part = maker(groups)
                 part.state = self.state
                 yield part
+
+
+def _check_options(options: Group, makers: Iterable[Part]) -> None:
+    """Refuse options that no part takes: as defaults of the groups they would be kept, and nobody would read them."""
+    takes = [parameter for maker in makers for parameter in inspect.signature(maker).parameters.values()]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return
+    known = {parameter.name for parameter in takes} - {"params"} | {"lr", "is_matrices"}
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(
+                f"{name}={value!r} is an option neither of Muon nor of AdamW: there are {', '.join(sorted(known))}"
+            )

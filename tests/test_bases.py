@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim import AdamW, Muon
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from relora_opt import ReLoRAOptimizer, muon_beside_adamw, prune
+from relora_opt.bases import MuonBesideAdamW
 
 MUON: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
 ADAMW: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.05}
@@ -184,3 +186,23 @@ def test_without_a_warm_start_muon_trains_the_factors_of_convolutions(path: str)
 def test_a_group_of_muons_that_is_no_matrix_is_refused_in_its_words() -> None:
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
         FACTORY([{"params": [mlp().norm.weight], "is_matrices": True}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda **options: FACTORY([mlp().first.weight], **options), partial(low_rank, mlp())]
+)
+def test_an_option_that_neither_muon_nor_adamw_takes_is_refused_by_name(build: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"bettas=\(0.9, 0.95\) is an option neither of Muon nor of AdamW: .* betas, cap"
+    ):
+        build(lr=0.02, bettas=(0.9, 0.95))
+    optimizer = build(lr=0.02, ns_steps=3, amsgrad=True, is_matrices=False)
+    assert all(group["ns_steps"] == 3 and group["amsgrad"] for group in optimizer.param_groups)
+
+
+def test_parts_that_take_any_option_get_any() -> None:
+    def sgd(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, **options)
+
+    optimizer = MuonBesideAdamW([mlp().first.weight], muon=sgd, adamw=AdamW, lr=0.02, anything=3)
+    assert optimizer.param_groups[0]["anything"] == 3
