@@ -116,7 +116,8 @@ def prune_(
     if isinstance(strategy, Magnitude):
         scores = full(_value(moments[0]).detach().abs())
     else:
-        scores = torch.rand(shape, generator=generator, device="cpu").to(moments[0].device)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        scores = drawn.to(moments[0].device)
     num_forgotten = round(strategy.ratio * shape.numel())
     kept = _largest(scores, shape.numel() - num_forgotten)
     for moment in moments:

@@ -262,3 +262,17 @@ def test_after_keep_the_next_updates_equal_the_unrestarted_optimizers_bitwise() 
         if u != 3:  # the restart has just re-drawn A and zeroed B
             for twin, factor in zip(twins, optimizer.factors(weight), strict=True):
                 assert torch.equal(twin, factor), f"update {u}"
+
+
+def test_what_random_forgets_does_not_depend_on_torchs_default_dtype() -> None:
+    kept = []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        state = {"exp_avg": torch.ones(6, 7, dtype=torch.float32)}
+        torch.set_default_dtype(default)
+        try:
+            generator = torch.Generator().manual_seed(3)
+            prune.prune_(state, torch.Size((6, 7)), prune.random(0.5), reset_=dict.clear, generator=generator)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        kept.append(state["exp_avg"] != 0)
+    assert all(torch.equal(mask, kept[0]) for mask in kept)
