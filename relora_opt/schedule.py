@@ -141,7 +141,8 @@ class JaggedSchedule:
         start = self._cycle_start(update) if last_restart is None else last_restart
         since = update - start
         ramps = start > 0 and since < self.restart_warmup
-        value = since / self.restart_warmup * self.outer(start + self.restart_warmup) if ramps else self.outer(update)
+        outer = float(self.outer(start + self.restart_warmup if ramps else update))  # which may give a tensor
+        value = since / self.restart_warmup * outer if ramps else outer
         _check_multiplier(value, update)
         return value
 

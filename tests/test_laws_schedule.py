@@ -128,3 +128,17 @@ def test_a_learning_rate_scheduler_of_torch_multiplies_with_the_clock() -> None:
         rates = [seen[id(factor)] for factor in optimizer.factors(model.first.weight)]
         expected = 0.9 ** (u - 1) * jagged(u, q=5, ramp=2)
         assert rates == pytest.approx([expected] * 2, rel=1e-12), u
+
+
+def test_multipliers_are_plain_numbers_whatever_an_outer_schedule_returns() -> None:
+    def outer(update: int) -> torch.Tensor:
+        return torch.tensor(1 / update, dtype=torch.float64)
+
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(4, restart_warmup=2, outer=outer))
+    for u in range(1, 8):
+        assert type(optimizer.lr_multiplier) is float
+        assert optimizer.lr_multiplier == jagged(u, q=4, ramp=2, outer=lambda update: 1 / update)
+        update(optimizer, model)
+    assert all(type(rate) is float for rate in optimizer.last_lr())
+    assert type(optimizer.metrics().lr_multiplier) is float
