@@ -39,6 +39,7 @@ class FactoredOptimizer(Optimizer):
     _slots: list[list[Slot]]
     _options: list[Group]  # of every group as they were first given, without parameters
     _scales: list[Any]  # of every group
+    _with_alpha: list[bool]  # whether the base keeps an alpha in the group
     _matched: dict[tuple[int, ...], float]  # scales found so far, by (group, m, n)
     _drafts: dict[Tensor, Entry]
 
@@ -134,9 +135,10 @@ class FactoredOptimizer(Optimizer):
 
     def _fix_scales(self) -> None:
         self._scales = [group["scale"] for group in self.param_groups]
+        self._with_alpha = ["alpha" in group for group in self.param_groups]
 
     def _check_groups(self) -> None:
-        """Refuse groups whose ranks, scales or numbers of parameters somebody has changed, to no or to a wrong effect.
+        """Refuse groups whose rank, scale, alpha or number of parameters somebody has changed, to no or a wrong effect.
 
         Raises:
             ValueError: names the group, both values and the remedy.
@@ -155,6 +157,11 @@ class FactoredOptimizer(Optimizer):
                         f"param_groups[{number}] has {name} {now} now, and was made with {value}: that is fixed; "
                         "freeze what is not to be trained, or construct a new optimizer"
                     )
+            if "alpha" in group and not self._with_alpha[number]:
+                raise ValueError(
+                    f"param_groups[{number}] has alpha {group['alpha']} now, which nobody reads there: the scale is "
+                    "fixed when a group is made; take it out, or construct a new optimizer with it"
+                )
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
         """Yield the selected weights, of all groups or of these, that have factors."""

@@ -519,6 +519,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 move_weights_(moving, factors)
             self._moved = self._measured(moving, factors)
         self._inner.adopt(self.param_groups, self.state)
+        self._fix_scales()  # a base may have put an alpha of its own into its groups
         self._tick()
         return result
 
@@ -683,6 +684,7 @@ _OWN = (
     "_slots",
     "_options",
     "_scales",
+    "_with_alpha",
     "_matched",
     "_fresh",
     "_is_template",

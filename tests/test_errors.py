@@ -1,5 +1,6 @@
 """Every mistake with the library is answered by one sentence that says what was wrong, the value and the remedy."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,11 @@ def used() -> ReLoRAOptimizer:
     optimizer = relora(model)
     mse(model, *batch(0)).backward()
     optimizer.step()
+    return optimizer
+
+
+def with_alpha(optimizer: ReLoRAOptimizer) -> ReLoRAOptimizer:
+    optimizer.param_groups[0]["alpha"] = 64.0
     return optimizer
 
 
@@ -169,6 +175,9 @@ MISTAKES = {
         ValueError,
         "alpha=0.5",
         "functools.partial(torch.optim.ASGD, alpha=0.5)",
+    ),
+    "alpha set in the groups later": Mistake(
+        lambda: with_alpha(used()).step(), ValueError, "param_groups[0] has alpha 64.0", "construct a new optimizer"
     ),
     "factor_lr as a truth": Mistake(lambda: low_rank(factor_lr=True), ValueError, "factor_lr=True", "multiplies lr"),
     "factor_lr negative": Mistake(lambda: low_rank(factor_lr=-1.0), ValueError, "factor_lr=-1.0", "0 or more"),
@@ -655,3 +664,25 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         optimizer.load_state_dict(saved_with(relora_format=99))
     assert all(torch.equal(a, b) for a, b in zip(optimizer.factors(model.first.weight), before, strict=True))
     assert optimizer.num_updates == 1
+
+
+class Counting(torch.optim.SGD):
+    """SGD that puts an alpha into its groups when it steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["alpha"] = group.get("alpha", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base", [torch.optim.RMSprop, torch.optim.ASGD, Counting])
+def test_a_bases_own_alpha_in_the_groups_may_be_changed(base: type[torch.optim.Optimizer]) -> None:
+    model = mlp()
+    optimizer = low_rank(model, base, lr=0.01)
+    for index in range(3):
+        mse(model, *batch(index)).backward()
+        optimizer.step()
+        with_alpha(optimizer)
+    copy.deepcopy(optimizer).step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
