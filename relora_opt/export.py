@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from .select import canonical_name, parallel_paths
@@ -44,8 +44,8 @@ def save_merged(
         The files written, the index last.
 
     Raises:
-        ValueError: for an unreadable size, a dtype that is not floating, weights that are sharded or on the meta
-            device, or a model without tensors.
+        ValueError: for an unreadable size, a dtype that is not floating or too narrow for a weight, tensors that are
+            sharded, on the meta device or nothing that safetensors holds (sparse, quantized), or a model without any.
         OSError: where the folder does not exist, or the disk refuses.
     """
     if not isinstance(model, nn.Module):
@@ -97,13 +97,52 @@ def _merged(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} is on the meta device and has no values: load some first, by load_state_dict(..., assign=True)"
             )
+        _check_plain(name, tensor)
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() > 0 and place in written:
             continue
         written.add(place)
-        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensors[canonical_name(name, parallel)] = tensor.detach().to("cpu", cast).contiguous()
+        held = tensor.detach().cpu()
+        cast = held if dtype is None or not held.is_floating_point() else _cast(name, held, dtype)
+        tensors[canonical_name(name, parallel)] = cast.contiguous()
     return tensors
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse what safetensors cannot hold: tensors made of others, without memory of their own, are among it."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        what = f"tensor of type {type(tensor).__name__}"
+    elif tensor.layout is not torch.strided or tensor.is_nested:
+        what = "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
+    elif not _is_known(tensor.dtype):
+        what = f"tensor of {tensor.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"{name} is a {what}, which safetensors cannot hold: put a plain tensor there (its dequantize() or to_dense(), "
+        "say), or leave a buffer out of the state by persistent=False"
+    )
+
+
+def _is_known(dtype: torch.dtype) -> bool:
+    try:
+        save({"": torch.empty(0, dtype=dtype, device="cpu")})
+    except (KeyError, RuntimeError):
+        return False
+    return True
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor; refuse a dtype in which a finite value would be infinite, or none."""
+    cast = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        lost = tensor.isfinite() & ~cast.to(tensor.dtype).isfinite()
+        if lost.any():
+            raise ValueError(
+                f"{name} holds {tensor[lost].abs().max().item():.6g}, and dtype={dtype} ends at "
+                f"{torch.finfo(dtype).max:.6g}: give a wider one, or None to keep each tensor's own"
+            )
+    return cast
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:

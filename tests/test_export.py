@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
 from relora_opt import export, save_merged
@@ -251,3 +252,53 @@ def test_after_restarts_the_export_is_the_parameters_and_the_model_is_the_export
     fresh.load_state_dict(saved)
     x, _ = batch(99, dtype)
     assert torch.equal(fresh(x), model(x))
+
+
+ODD = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo tensor"),
+    "compressed": (lambda: torch.eye(3).to_sparse_csr(), "torch.sparse_csr tensor"),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex128), "tensor of torch.complex128"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "tensor of torch.quint8"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested tensor"),
+    "made of others": (lambda: TwoTensor(torch.ones(3), torch.ones(3)), "tensor of type TwoTensor"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch's: that some of these are prototypes, or deprecated
+def test_what_safetensors_cannot_hold_is_refused_by_name_and_may_be_left_out(kind: str, tmp_path: Path) -> None:
+    make, what = ODD[kind]
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", make())
+    with pytest.raises(ValueError, match=rf"^odd is a {what}, which safetensors cannot hold: .* by persistent=False$"):
+        save_merged(model, tmp_path / "m.safetensors")
+    assert not files_of(tmp_path)
+    model.register_buffer("odd", make(), persistent=False)
+    save_merged(model, tmp_path / "m.safetensors")
+    assert load_file(tmp_path / "m.safetensors").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype", "value"),
+    [
+        (torch.float32, torch.float16, -1e6),
+        (torch.bfloat16, torch.float16, 1e5),
+        (torch.float64, torch.float32, 1e300),
+        (torch.float32, torch.bfloat16, torch.finfo(torch.float32).max),
+    ],
+    ids=str,
+)
+def test_a_cast_that_would_make_a_finite_value_infinite_is_refused_by_name(
+    own: torch.dtype, dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 2).to(own)
+    with torch.no_grad():
+        model.bias.fill_(torch.inf)  # not of the cast's making
+        model.weight[0, 1] = value
+    with pytest.raises(ValueError, match=rf"^weight holds .*, and dtype={dtype} ends at .*: give a wider one, or None"):
+        save_merged(model, tmp_path / "m.safetensors", dtype)
+    assert not files_of(tmp_path)
+    save_merged(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        model.weight[0, 1] = 1
+    save_merged(model, tmp_path / "m.safetensors", dtype)
