@@ -318,7 +318,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
     @property
     def lr_multiplier(self) -> float:
         """The schedule's multiplier for the coming update."""
-        return self.schedule(self.num_updates + 1, int(self.param_groups[0]["last_restart"]))
+        last_restart = int(self.param_groups[0]["last_restart"])
+        return self.schedule(self.num_updates + 1, last_restart, num_restarts=self.num_restarts)
 
     def last_lr(self) -> list[float]:
         """Return the effective rate of every group in the last update; of the coming one before any."""

@@ -2,7 +2,7 @@
 
 Updates are counted u = 1, 2, ... With R the last restart or switch before u, and k = u - R:
 
-    multiplier(u) = k / restart_warmup * outer(R + restart_warmup)    for k < restart_warmup and R > 0 (the ramp)
+    multiplier(u) = k / restart_warmup * outer(R + restart_warmup)    for k < restart_warmup, if there is an R (ramp)
     multiplier(u) = outer(u)                                          otherwise
 
 This is the paper's jagged cosine (Lialin et al. 2023, arXiv 2307.05695, section 3) for any outer schedule. The outer
@@ -133,14 +133,15 @@ class JaggedSchedule:
             )
         _check_multiplier(first, 1)
 
-    def __call__(self, update: int, last_restart: int | None = None) -> float:
+    def __call__(self, update: int, last_restart: int | None = None, *, num_restarts: int = 0) -> float:
         """Return the multiplier of update u = 1, 2, ...
 
-        `last_restart` is the last restart or switch before u (0 for none); left out, the periodic one.
+        `last_restart` is the last restart or switch before u; left out, the periodic one. 0 means none, unless there
+        were `num_restarts` of them: then it is one by hand before the first update, which is followed by a ramp too.
         """
         start = self._cycle_start(update) if last_restart is None else last_restart
         since = update - start
-        ramps = start > 0 and since < self.restart_warmup
+        ramps = (start > 0 or num_restarts > 0) and since < self.restart_warmup
         outer = float(self.outer(start + self.restart_warmup if ramps else update))  # which may give a tensor
         value = since / self.restart_warmup * outer if ramps else outer
         _check_multiplier(value, update)

@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation(
         "ramp from the first update on",
         "schedule.py",
-        "ramps = start > 0 and since",
+        "ramps = (start > 0 or num_restarts > 0) and since",
         "ramps = since",
         ("test_laws_schedule.py", "multiplier_is_the_formula"),
     ),

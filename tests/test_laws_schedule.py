@@ -112,6 +112,17 @@ def test_a_restart_by_hand_starts_the_same_ramp() -> None:
     assert multipliers == [1.0] * 6 + [0.25, 0.5, 0.75] + [1.0] * 6
 
 
+def test_a_restart_by_hand_before_the_first_update_starts_the_same_ramp() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(8, restart_warmup=4))
+    optimizer.restart()
+    multipliers = []
+    for _ in range(14):
+        multipliers.append(optimizer.lr_multiplier)
+        update(optimizer, model)
+    assert multipliers == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
 def test_a_learning_rate_scheduler_of_torch_multiplies_with_the_clock() -> None:
     model = mlp()
     optimizer = ReLoRAOptimizer(
