@@ -138,7 +138,7 @@ class FunctionalModel(nn.Module):
         """Register anew where something has changed: layers were moved, weights frozen or unfrozen, or factors drawn.
 
         Raises:
-            RuntimeError: where a parameter was replaced, a factor was frozen, or a low-rank weight has a gradient hook.
+            RuntimeError: where a parameter was replaced, factors alone were frozen, or a low-rank weight has a hook.
         """
         check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
@@ -147,7 +147,8 @@ class FunctionalModel(nn.Module):
             _check_model(self._models[0], self._optimizer)
             self.register_phase(self._optimizer)
         check_hooks(self._places, self._models[0], has_foreign_hook)
-        check_factors(self._places, self._factors, self._models[0])
+        if any(p.requires_grad for p in self.parameters()):  # or all is frozen, as by self.requires_grad_(False)
+            check_factors(self._places, self._factors, self._models[0])
 
     def factors(self) -> Iterator[Tensor]:
         """Yield the factors of all places, none during the warm start."""

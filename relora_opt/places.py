@@ -98,13 +98,13 @@ def check_hooks(places: Iterable[Place], model: nn.Module, has_hook: Callable[[T
 
 
 def check_factors(places: Iterable[Place], factors: Iterable[tuple[Tensor, Tensor, Tensor]], model: nn.Module) -> None:
-    """Refuse factors that were frozen by themselves: whoever unfreezes their weight, or loads, would not reach them."""
+    """Refuse weights both of whose factors were frozen, where others train: what unfreezes the model missed them."""
     for place, (_, A, B) in zip(places, factors, strict=True):
-        if not (A.requires_grad and B.requires_grad):
+        if not (A.requires_grad or B.requires_grad):
             raise RuntimeError(
-                f"{_path(model, place.module, place.name)} is to be trained, but a factor of it was frozen: set "
-                "requires_grad of both optimizer.factors(W) to True, and freeze the model's own parameters instead of "
-                "the functional model's"
+                f"{_path(model, place.module, place.name)} is to be trained, but both of its factors were frozen: "
+                "unfreeze by the functional model's requires_grad_(True) what was frozen by it, or freeze the model's "
+                "own weight"
             )
 
 

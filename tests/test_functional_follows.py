@@ -183,27 +183,35 @@ def test_what_is_frozen_shows_no_factors_and_its_state_survives() -> None:
 
 
 @pytest.mark.parametrize("path", ["functional", "step"])
-def test_factors_that_are_frozen_by_themselves_are_refused_until_they_are_trained_again(path: str) -> None:
+def test_factors_that_stay_frozen_while_their_model_is_unfrozen_are_refused(path: str) -> None:
     model, x = layers(), torch.ones(2, 6, dtype=torch.float64)
     optimizer = sgd(model)
     f = optimizer.functional(model)
     call = f if path == "functional" else optimizer.make_step(model, loss_of, compile=False)
     f.requires_grad_(False)
-    for change in (lambda: None, lambda: model.requires_grad_(True)):
-        change()
-        with pytest.raises(
-            RuntimeError, match=r"^0\.weight is to be trained, but a factor of it was frozen: set requires_grad"
-        ):
-            call(x)
-    model.requires_grad_(False)
-    f(x)
     model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="a factor of it was frozen"):
+    with pytest.raises(
+        RuntimeError, match=r"^0\.weight is to be trained, but both of its factors were frozen: unfreeze"
+    ):
         call(x)
-    for weight in (layer.weight for layer in model[:3]):
-        for factor in optimizer.factors(weight):
-            factor.requires_grad_(True)
+    f.requires_grad_(True)
     call(x)
+
+
+def test_a_functional_model_is_frozen_and_unfrozen_as_a_whole_and_factors_one_by_one() -> None:
+    model, x = layers(), torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = sgd(model)
+    f = optimizer.functional(model)
+    f.requires_grad_(False)
+    loss_of(f, x).backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in f.parameters())
+    f.requires_grad_(True)
+    A, B = optimizer.factors(model[0].weight)
+    A.requires_grad_(False)
+    loss_of(f, x).backward()
+    assert A.grad is None
+    assert B.grad is not None
 
 
 @pytest.mark.parametrize("path", ["functional", "dense"])
