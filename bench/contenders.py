@@ -49,14 +49,12 @@ _PEFT = {"rank": "rank", "alpha": "rank", "restart_every": 0, "restart_warmup": 
 _PROJECTED = {"rank": "rank", "update_proj_gap": 10**9, "scale": 0.25}
 _EAGER = {"compile": False}
 _GRAPHS = {"compile": {"mode": "reduce-overhead"}}  # on a GPU; elsewhere it is compiled like the others
-_APART = {"compile": {"options": {"post_grad_custom_pre_pass": None}}}  # without relora_opt/fusion.py
 CONTENDERS = {
     "full": Contender("full-rank AdamW, compiled", "full", "full", {}),
     "full-eager": Contender("full-rank AdamW", "full", "full", _EAGER),
     "full-graphs": Contender("full-rank AdamW, CUDA graphs", "full", "full", _GRAPHS),
     "ours": Contender("relora-opt, compiled", "relora", "functional", _OURS),
     "ours-graphs": Contender("relora-opt, CUDA graphs", "relora", "functional", {**_OURS, **_GRAPHS}),
-    "ours-apart": Contender("relora-opt, thin products apart", "relora", "functional", {**_OURS, **_APART}),
     "ours-muon": Contender("relora-opt over Muon, compiled", "relora", "functional", {**_OURS, "base": "muon"}),
     "ours-eager": Contender("relora-opt", "relora", "functional", {**_OURS, **_EAGER}),
     "dense": Contender("relora-opt, dense path, compiled", "relora", "dense", {**_OURS, "path": "dense"}),
@@ -66,7 +64,7 @@ CONTENDERS = {
     "apollo": Contender("APOLLO, compiled", "apollo", "apollo", _PROJECTED),
     "fira": Contender("Fira, compiled", "fira", "fira", _PROJECTED),
 }
-USUAL = [key for key in CONTENDERS if not key.endswith(("-graphs", "-apart"))]
+USUAL = [key for key in CONTENDERS if not key.endswith("-graphs")]
 
 
 def batches(shape: Shape, device: str = "cpu") -> Iterator[Tensor]:

@@ -257,10 +257,8 @@ def _takes_graphs(options: dict[str, Any]) -> bool:
 
 def _compiled(loss: nn.Module, accumulate: int, options: dict[str, Any], *, has_aux: bool) -> Callable[..., Any]:
     """Return the forward pass, compiled, with the backward pass after it."""
-    from .fusion import with_fusion
-
     try:
-        compiled = torch.compile(loss, fullgraph=True, **with_fusion(options))
+        compiled = torch.compile(loss, fullgraph=True, **options)
     except Exception as error:  # fullgraph given twice, an unknown mode, mode and options: each of another class
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"compile={options!r} is not for torch.compile(..., fullgraph=True): {reason}") from error

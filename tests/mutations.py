@@ -374,27 +374,6 @@ MUTATIONS = (
         ("test_matched_scale.py", "has_its_scale_or_none and Adafactor"),
     ),
     Mutation(
-        "fuse products that wait for each other",
-        "fusion.py",
-        "if product not in after_these and after.isdisjoint(apart):",
-        "if True:",
-        ("test_fusion.py", "waits_for_another or two_fusions"),
-    ),
-    Mutation(
-        "fuse wide products",
-        "fusion.py",
-        "_THIN * own <= n",
-        "own <= n",
-        ("test_fusion.py", "wide_operands"),
-    ),
-    Mutation(
-        "take the first columns for every fused product",
-        "fusion.py",
-        "            start = end\n",
-        "",
-        ("test_fusion.py", "either_side"),
-    ),
-    Mutation(
         "load the state of other weights of the same shapes",
         "loading.py",
         "if theirs is None or theirs == names:",

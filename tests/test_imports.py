@@ -55,8 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "functional": {"places", "release", "select", "sharding", "weight"},
     "places": {"weight"},
     "compiler": set(),
-    "fusion": set(),
-    "step": {"compiler", "functional", "fusion", "gradients", "guard", "places"},
+    "step": {"compiler", "functional", "gradients", "guard", "places"},
     "metrics": {"factors", "optimizer", "prune", "sharding", "state"},
     "export": {"select", "sharding"},
     "trainer": {"optimizer"},
@@ -66,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     },
 }
 # Methods that make an object of the room above import it when they are called.
-CALLED_LATE = {("optimizer", "functional"), ("optimizer", "step"), ("optimizer", "metrics"), ("step", "fusion")}
+CALLED_LATE = {("optimizer", "functional"), ("optimizer", "step"), ("optimizer", "metrics")}
 
 
 class Import(ast.NodeVisitor):
