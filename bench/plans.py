@@ -24,6 +24,7 @@ PLANS: dict[str, Plan] = {
     "restarts": restarts.restarts,
     "short-cycles": restarts.short_cycles,
     "restarts-large": restarts.restarts_large,
+    "longer": restarts.longer,
     "confirm": grids.confirm,
     "confirm-rivals": grids.confirm_rivals,
     "tune-large": grids.tune_large,
