@@ -187,6 +187,12 @@ def tune_large() -> list[Spec]:
     return _low_and_full("w256", (64, 32), (1e-3, 7e-4, 1.4e-3, 5e-4, 2e-3), (1e-3, 1.4e-3, 2e-3, 2.8e-3))
 
 
+def tune_unit() -> list[Spec]:
+    """And s = 1 for an eighth of it: the scale moves A further beside B than a matched one does."""
+    unit: dict[str, Any] = {**MATCHED, "rank": 32, "alpha": 32}
+    return _grid("LoRA, s = 1, rank 32", "relora", unit, (2e-3, 1.4e-3, 2.8e-3), (16e-3,), size="w256")
+
+
 def confirm_large() -> list[Spec]:
     """The best of those grids, full-rank AdamW's and an eighth's two best, on three texts and three other seeds."""
     specs = _on_all_texts(_settled(tune_large(), twice=("LoRA, matched scale, rank 32",)), size="w256")

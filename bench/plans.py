@@ -28,6 +28,7 @@ PLANS: dict[str, Plan] = {
     "confirm": grids.confirm,
     "confirm-rivals": grids.confirm_rivals,
     "tune-large": grids.tune_large,
+    "tune-unit": grids.tune_unit,
     "confirm-large": grids.confirm_large,
     "tune-wide": grids.tune_wide,
     "confirm-wide": grids.confirm_wide,
