@@ -93,7 +93,8 @@ def tune_rivals() -> list[Spec]:
         *_grid("PEFT merge-and-reset", "peft", PEFT, (1e-3, 2e-3, 4e-3, 8e-3)),
         *_grid("galore-torch", "galore", GALORE, (4e-3, 8e-3, 16e-3, 32e-3)),
         *_grid("APOLLO (pytorch_optimizer)", "apollo", APOLLO, (2e-3, 4e-3, 8e-3, 16e-3)),
-        *_grid("smaller full-rank AdamW", "full", SMALLER, (2e-3, 2.8e-3, 4e-3), REST[::2]),
+        *_grid("smaller full-rank AdamW", "full", SMALLER, (2e-3, 2.8e-3, 4e-3, 5.6e-3), REST[::2]),
+        *_grid("smaller full-rank AdamW", "full", SMALLER, (4e-3,), (32e-3,)),
     ]
 
 
@@ -178,6 +179,8 @@ def confirm_rivals() -> list[Spec]:
         ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER, "factor_lr": 4.0}),
         ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **SMALLER}),
         ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 8e-3, "rest_lr": 8e-3, **APOLLO}),
+        ("smaller full-rank AdamW", "full", {"lr": 4e-3, "rest_lr": 16e-3, **SMALLER}),
+        ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER, "factor_lr": 8.0}),
     ]
     return _on_all_texts(trials)
 
@@ -191,6 +194,11 @@ def tune_unit() -> list[Spec]:
     """And s = 1 for an eighth of it: the scale moves A further beside B than a matched one does."""
     unit: dict[str, Any] = {**MATCHED, "rank": 32, "alpha": 32}
     return _grid("LoRA, s = 1, rank 32", "relora", unit, (2e-3, 1.4e-3, 2.8e-3), (16e-3,), size="w256")
+
+
+def confirm_unit() -> list[Spec]:
+    """The best of `tune_unit` on three texts and three other seeds."""
+    return _on_all_texts(_settled(tune_unit()), size="w256")
 
 
 def confirm_large() -> list[Spec]:

@@ -29,6 +29,7 @@ PLANS: dict[str, Plan] = {
     "confirm-rivals": grids.confirm_rivals,
     "tune-large": grids.tune_large,
     "tune-unit": grids.tune_unit,
+    "confirm-unit": grids.confirm_unit,
     "confirm-large": grids.confirm_large,
     "tune-wide": grids.tune_wide,
     "confirm-wide": grids.confirm_wide,
