@@ -31,6 +31,7 @@ PAPER: dict[str, Any] = {
 PEFT: dict[str, Any] = {"rank": 32, "alpha": 32, "restart_every": 250, "restart_warmup": 25}
 GALORE: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 0.25}
 APOLLO: dict[str, Any] = {"rank": 32, "update_proj_gap": 200, "scale": 1.0}
+SMALLER: dict[str, Any] = {"width": 96, "inner": 258}  # as many trained numbers as rank 32 of width 128 has
 RATES = (2e-3, 1.4e-3, 2.8e-3, 1e-3, 4e-3)
 REST = (8e-3, 4e-3, 16e-3)
 _TIME_RATIO = {128: 0.948, 64: 1.052}  # full-rank AdamW's step time / ours at width 512, by rank: bench.step
@@ -86,12 +87,14 @@ def tune_rivals() -> list[Spec]:
         *_grid("ReLoRA, the paper's settings", "relora", PAPER, (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)),
         *(
             spec
-            for factor_lr in (2.0, 4.0, 8.0)
+            for factor_lr in (2.0, 4.0, 8.0, 16.0)
             for spec in _grid("ReLoRA, the paper's settings", "relora", {**PAPER, "factor_lr": factor_lr}, (2e-3,))
         ),
         *_grid("PEFT merge-and-reset", "peft", PEFT, (1e-3, 2e-3, 4e-3, 8e-3)),
         *_grid("galore-torch", "galore", GALORE, (4e-3, 8e-3, 16e-3, 32e-3)),
         *_grid("APOLLO (pytorch_optimizer)", "apollo", APOLLO, (2e-3, 4e-3, 8e-3, 16e-3)),
+        *_grid("smaller full-rank AdamW", "full", SMALLER, (2e-3, 2.8e-3, 4e-3, 5.6e-3), REST[::2]),
+        *_grid("smaller full-rank AdamW", "full", SMALLER, (4e-3,), (32e-3,)),
     ]
 
 
@@ -170,13 +173,14 @@ def confirm() -> list[Spec]:
 
 def confirm_rivals() -> list[Spec]:
     """The rivals with the best settings of their grids, and a smaller full-rank model with as many trained numbers."""
-    smaller: dict[str, Any] = {"width": 96, "inner": 258}
     trials: list[tuple[str, str, dict[str, Any]]] = [
         ("PEFT merge-and-reset", "peft", {"lr": 4e-3, "rest_lr": 8e-3, **PEFT}),
         ("galore-torch", "galore", {"lr": 16e-3, "rest_lr": 8e-3, **GALORE}),
         ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER, "factor_lr": 4.0}),
-        ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **smaller}),
+        ("smaller full-rank AdamW", "full", {"lr": 2e-3, "rest_lr": 8e-3, **SMALLER}),
         ("APOLLO (pytorch_optimizer)", "apollo", {"lr": 8e-3, "rest_lr": 8e-3, **APOLLO}),
+        ("smaller full-rank AdamW", "full", {"lr": 4e-3, "rest_lr": 16e-3, **SMALLER}),
+        ("ReLoRA, the paper's settings", "relora", {"lr": 2e-3, "rest_lr": 8e-3, **PAPER, "factor_lr": 8.0}),
     ]
     return _on_all_texts(trials)
 
@@ -184,6 +188,17 @@ def confirm_rivals() -> list[Spec]:
 def tune_large() -> list[Spec]:
     """The same grids at width 256, where 64 is a quarter and 32 an eighth."""
     return _low_and_full("w256", (64, 32), (1e-3, 7e-4, 1.4e-3, 5e-4, 2e-3), (1e-3, 1.4e-3, 2e-3, 2.8e-3))
+
+
+def tune_unit() -> list[Spec]:
+    """And s = 1 for an eighth of it: the scale moves A further beside B than a matched one does."""
+    unit: dict[str, Any] = {**MATCHED, "rank": 32, "alpha": 32}
+    return _grid("LoRA, s = 1, rank 32", "relora", unit, (2e-3, 1.4e-3, 2.8e-3), (16e-3,), size="w256")
+
+
+def confirm_unit() -> list[Spec]:
+    """The best of `tune_unit` on three texts and three other seeds."""
+    return _on_all_texts(_settled(tune_unit()), size="w256")
 
 
 def confirm_large() -> list[Spec]:

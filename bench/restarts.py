@@ -192,6 +192,24 @@ def restarts_large() -> list[Spec]:
     ]
 
 
+def longer() -> list[Spec]:
+    """Does low rank keep up in runs four times as long as those that confirmed it? A quarter and an eighth of 256."""
+    quarter: dict[str, Any] = {"lr": 7e-4, **MATCHED, "rank": 64}
+    eighth: dict[str, Any] = {"lr": 1e-3, **MATCHED, "rank": 32}
+    cycle: dict[str, Any] = {"restart_every": 500, "restart_warmup": 25}
+    trials: list[tuple[str, str, dict[str, Any]]] = [
+        ("full-rank AdamW", "full", {"lr": 1e-3}),
+        ("ReLoRA, rank 64, every 500", "relora", {**quarter, **cycle}),
+        ("LoRA, rank 64", "relora", quarter),
+        ("ReLoRA, rank 32, every 500", "relora", {**eighth, **cycle}),
+        ("LoRA, rank 32", "relora", eighth),
+    ]
+    return [
+        Spec(name, method, {"rest_lr": 16e-3, **own}, "w256", "botocore", 4 * STEPS, SEEDS[0])
+        for name, method, own in trials
+    ]
+
+
 def ablation() -> list[Spec]:
     """The paper's Table 6 from its recipes, every length scaled to this run's and the rank to this width."""
     return [
