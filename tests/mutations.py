@@ -399,7 +399,7 @@ MUTATIONS = (
         "optimizer.py",
         'if not hasattr(self, "_functionals"):',
         "if True:",
-        ("test_laws_step.py", "loaded_in_the_middle"),
+        ("test_functional_follows.py", "from_before_the_switch_reaches"),
     ),
     Mutation(
         "swap a shared module once for each of its names",

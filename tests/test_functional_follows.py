@@ -408,3 +408,21 @@ def test_a_scripted_layer_trains_as_on_the_dense_path(path: str) -> None:
         return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
 
     assert_trains_as_dense(path, build, ["0", "1.0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_a_state_from_before_the_switch_reaches_a_functional_model_under_a_compiler_of_ones_own() -> None:
+    model, x = layers(), torch.ones(2, 6, dtype=torch.float64)
+    optimizer = sgd(model, schedule=JaggedSchedule(3, 1, warm_start=2))
+    f = torch.compile(optimizer.functional(model), backend="aot_eager", fullgraph=True)
+    saved = None
+    for _ in range(3):
+        loss_of(f, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        saved = saved or copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert optimizer.is_low_rank
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    loss_of(f, x).backward()
+    assert model[0].weight.grad is not None
