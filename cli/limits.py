@@ -28,6 +28,14 @@ def check(config: Config, *, has_begun: bool = False) -> None:
     Raises:
         UserError: names the option, its value and the remedy.
     """
+    _check_each(config)
+    _check_ranges(config)
+    _check_together(config, has_begun=has_begun)
+    parse_prune(config.prune)
+
+
+def _check_each(config: Config) -> None:
+    """Refuse texts, counts, rates and choices that are none."""
     for name in FIELDS:
         _check_text(name, getattr(config, name))
     for name in _POSITIVE_COUNTS:
@@ -48,6 +56,10 @@ def check(config: Config, *, has_begun: bool = False) -> None:
             raise UserError(f"log={name!r} is not known: choose among {', '.join(LOGS)}")
         if config.log.count(name) > 1:
             raise UserError(f"log={name!r} is given twice: once will do")
+
+
+def _check_ranges(config: Config) -> None:
+    """Refuse numbers that lie outside of their own ranges."""
     is_number = isinstance(config.alpha, float) and math.isfinite(config.alpha) and config.alpha > 0
     if not (config.alpha is None or config.alpha == "matched" or is_number):
         raise UserError(f'alpha={config.alpha} must be a positive number, the scale is alpha / rank, or "matched"')
@@ -61,6 +73,10 @@ def check(config: Config, *, has_begun: bool = False) -> None:
         raise UserError(f"max_grad_norm={config.max_grad_norm} must be positive; inf does not clip")
     if not config.max_loss_jump > 0:
         raise UserError(f"max_loss_jump={config.max_loss_jump} must be positive; inf skips no loss that is finite")
+
+
+def _check_together(config: Config, *, has_begun: bool) -> None:
+    """Refuse lengths, batches and sizes that do not go together, or are more than any machine has."""
     if config.warmup > config.steps:
         remedy = "give at least so many steps" if has_begun else "shorten it"
         raise UserError(f"warmup={config.warmup} is longer than the run, steps={config.steps}: {remedy}")
@@ -93,7 +109,6 @@ def check(config: Config, *, has_begun: bool = False) -> None:
         )
     if config.vocab_size is not None and config.vocab_size < 257:
         raise UserError(f"vocab_size={config.vocab_size} must be at least 257: 256 bytes and the end of text")
-    parse_prune(config.prune)
 
 
 def _check_text(name: str, value: Any) -> None:
