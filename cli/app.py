@@ -5,7 +5,6 @@ What is heavy (torch, datasets, matplotlib) is imported inside the commands, so 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from .config import FIELDS
 from .config_file import load_config_file
-from .errors import UserError
+from .errors import UserError, short_paths
 from .flags import declare_options, spread_data
 from .launch import launched
 from .output import enduring_output, forgiving_output, quoted
@@ -57,14 +56,10 @@ def main() -> None:
 def _run() -> None:
     forgiving_output()
     try:
-        app(args=spread_data(sys.argv[1:]))
+        with short_paths():
+            app(args=spread_data(sys.argv[1:]))
     except UserError as error:
         print_error(str(error))
-        sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print_error(f"{str(error.filename)!r} is longer than names of files may be: give another path")
         sys.exit(2)
 
 
@@ -91,7 +86,7 @@ def pretrain(**options: Any) -> None:
     """
     resume, config_file = options.pop("resume"), options.pop("config")
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    with enduring_output(), _processes() as processes:
+    with enduring_output(), _processes() as processes, short_paths():
         if resume is not None:
             if config_file is not None:
                 raise UserError(f"config={config_file!r} does not go with resume: give flags for what is to change")

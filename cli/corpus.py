@@ -30,7 +30,7 @@ from .encoding import JOINT, PIECE, chained, cut_pieces, encode_pieces
 from .errors import UserError
 from .pace import Advance, Pace
 from .parts import MOST_CHARACTERS
-from .sources import find_sources, read_sources
+from .sources import find_sources, left_out, read_sources
 from .split import VAL_SHARE, Census, Read, SplitPart, split_parts, take_census
 from .store import FORMAT, DamagedError, Stream, is_store, open_store
 from .store_writer import StoreWriter, is_unfinished, key_of, locked
@@ -157,16 +157,20 @@ def train_tokenizer(sources: Sequence[str], settings: Settings, *, pace: Pace | 
 
 
 def encode_sources(
-    sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, end: int
+    sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, end: int, pace: Pace | None = None
 ) -> tuple[Stream, int, int]:
     """Return all documents of some sources as one stream, in memory, how many they are, and their bytes as UTF-8.
 
     Args:
         end: the token behind every document.
+        pace: says which files are not read.
 
     Raises:
         UserError: for sources that cannot be read, or hold no text.
     """
+    pace = pace or _silent()
+    for line in left_out(sources):
+        pace.say(line)
     parts = (SplitPart(part.text, part.is_last, False) for part in read_sources(find_sources(sources), text_field))
     streams, num_documents, num_bytes = [], 0, 0
     for encoded in encode_pieces(cut_pieces(parts), tokenizer, end=end):
@@ -204,6 +208,8 @@ def _plan(sources: Sequence[str], settings: Settings, folder: Path | None, pace:
         given = load_tokenizer(settings.tokenizer)
         end = end_of_text_id(given, ends_beside(settings.tokenizer))
     read = partial(read_sources, find_sources(sources), settings.text_field)
+    for line in left_out(sources):
+        pace.say(line)
     with pace.stage("reading", total=None) as advance:
         census = take_census(read, val_share=settings.val_share, advance=advance)
     if census.num_documents == 0:

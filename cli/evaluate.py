@@ -108,11 +108,12 @@ def evaluate(
     given = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype, "num_sequences": num_sequences}
     reading = _reading(config, window, {name: value for name, value in given.items() if value is not None})
     console = console or Console(quiet=True)
+    pace = Pace(console)
     if data:
         own = "text" if config is None else config.text_field or "text"
-        text = given_text(data, trained.tokenizer, text_field=text_field or own, ends=trained.ends)
+        text = given_text(data, trained.tokenizer, text_field=text_field or own, ends=trained.ends, pace=pace)
     else:
-        text = _held_out(trained.place, config, Pace(console))
+        text = _held_out(trained.place, config, pace)
     precision = autocast_dtype(reading.dtype, trained.model.lm_head.weight.device)
     with _shown(console, len(text.tokens)) as advance:
         loss, num_tokens = _mean_loss(trained.model, reading.sequences(text), dtype=precision, advance=advance)

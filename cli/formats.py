@@ -1,6 +1,6 @@
 """Files of text: what each kind of file holds, as documents.
 
-    .txt                  one document
+    .txt                  one document; also .txt.zst and .txt.gz
     .jsonl                one a line, under `text_field`; also .jsonl.zst and .jsonl.gz
     .parquet              one a row, in the column `text_field`
 
@@ -86,7 +86,7 @@ def read_column(column: Any, first: int, place: str, text_field: str) -> Iterato
 
 
 def _read_text(path: Path, _: str) -> Iterator[Part]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         yield from parts(_decoded_blocks(file, str(path)))
 
 
@@ -165,6 +165,8 @@ def _listed(names: Iterable[str]) -> str:
 
 KINDS: dict[str, Callable[[Path, str], Iterator[Part]]] = {
     ".txt": _read_text,
+    ".txt.zst": _read_text,
+    ".txt.gz": _read_text,
     ".jsonl": _read_lines,
     ".jsonl.zst": _read_lines,
     ".jsonl.gz": _read_lines,

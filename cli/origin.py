@@ -2,7 +2,7 @@
 
 A tokenizer comes with the weights or with tokenized texts, or is named; where there is none, one is trained. Options
 that would not count beside what is there are refused, and those that count are recorded. A run that goes on has its own
-tokenizer, and none of this is asked again.
+tokenizer, and of this nothing is asked again but whether options that are given count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .config import Config
+from .config import Config, Options
 from .corpus import Settings
 from .errors import UserError
 from .export import TOKENIZER
@@ -57,14 +57,19 @@ def agreed(config: Config, *, vocab_size: int) -> Config:
     if store is None:
         settings = Settings.of(config)
         return replace(config, text_field=settings.text_field, val_share=settings.val_share)
-    for name in _OF_TEXTS:
-        value = getattr(config, name)
-        if value not in (None, False):
-            raise UserError(
-                f"{name}={value!r} is of texts, and data={str(store)!r} is tokenized already: leave it out, or "
-                "tokenize again with it"
-            )
+    _check_of_texts({name: getattr(config, name) for name in _OF_TEXTS}, store)
     return config
+
+
+def check_given_again(options: Options, config: Config) -> None:
+    """Refuse options of texts that are given to a run that goes on, where it has tokens instead.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    store = _store(config.data)
+    if store is not None:
+        _check_of_texts(options, store)
 
 
 def check_vocabulary(vocab_size: int | None, known: Path) -> None:
@@ -77,6 +82,17 @@ def check_vocabulary(vocab_size: int | None, known: Path) -> None:
             f"vocab_size={vocab_size}, but the tokenizer {str(known)!r} has {size} tokens: leave out vocab_size, which "
             "is of a tokenizer to train"
         )
+
+
+def _check_of_texts(options: Options, store: Path) -> None:
+    """Refuse what would say how texts are read, where they are tokenized already."""
+    for name in _OF_TEXTS:
+        value = options.get(name)
+        if value not in (None, False):
+            raise UserError(
+                f"{name}={value!r} is of texts, and data={str(store)!r} is tokenized already: leave it out, or "
+                "tokenize again with it"
+            )
 
 
 def _store(sources: Sequence[str]) -> Path | None:

@@ -48,11 +48,14 @@ class Text:
     name: str
 
 
-def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, ends: Sequence[int] = ()) -> Text:
+def given_text(
+    sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str, ends: Sequence[int] = (), pace: Pace | None = None
+) -> Text:
     """Return all documents of some sources.
 
     Args:
         ends: what the model ends its texts with.
+        pace: says which files are not read.
 
     Raises:
         UserError: where they cannot be read.
@@ -61,7 +64,7 @@ def given_text(sources: Sequence[str], tokenizer: Tokenizer, *, text_field: str,
         if is_store(Path(source)):
             raise UserError(f"data={source!r} is a tokenized corpus, training texts included: give texts to evaluate")
     end = end_of_text_id(tokenizer, ends)
-    tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field, end=end)
+    tokens, num_documents, num_bytes = encode_sources(sources, tokenizer, text_field=text_field, end=end, pace=pace)
     is_whole = gives_back(sources, tokenizer, text_field=text_field)
     return Text(tokens, end, num_documents, num_bytes if is_whole else None, ", ".join(sources))
 

@@ -1,6 +1,7 @@
 """What `--data` names: files, folders, patterns of files, and datasets for the library `datasets`.
 
-    texts/            all files below it of the kinds in formats.py, sorted by path; links are followed
+    texts/            all files below it of the kinds in formats.py, sorted by path; links are followed, and other kinds
+                      of files left out, of which `left_out` tells
     'texts/*.jsonl'   the files that the pattern matches, sorted; ** stands for folders
     a.parquet         that file
     NAME              the split "train" of a dataset
@@ -20,6 +21,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,9 @@ from .tree import files_below, files_matching
 _NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _CHOICE = re.compile(r"(?P<config>(\w[\w.+-]*)?)(:(?P<split>[\w.+:%\[\]-]*))?")
 _FILE_SUFFIXES = frozenset((*KINDS, ".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".md", ".html"))
+_PACKED = frozenset((".gz", ".zst", ".bz2", ".xz"))
 _ROWS = 64  # of a dataset at a time
+_LISTED = 5  # kinds of files that are not read
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,17 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     return [source for name in names or [str(_demo_folder())] for source in _find(name)]
 
 
+def left_out(names: Sequence[str]) -> Iterator[str]:
+    """Yield a line for every folder among the names that holds more than the files that are read."""
+    for folder in filter(os.path.isdir, names):
+        kinds = Counter(_ending(path) for path in files_below(Path(folder)) if not kind_of(path))
+        if kinds:
+            by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+            listed = [f"{count} {kind}" for kind, count in by_count[:_LISTED]]
+            more = ["..."] * (len(kinds) > _LISTED)
+            yield f"data={folder!r}: not read, being of other kinds: {', '.join(listed + more)}"
+
+
 def read_sources(sources: Sequence[Source], text_field: str) -> Iterator[Part]:
     """Yield the documents of all sources, in parts."""
     for source in sources:
@@ -141,6 +156,12 @@ def _dataset(name: str) -> NamedDataset | None:
     if choice and (is_on_disk or may_be_named):
         return NamedDataset(place, choice["config"] or None, choice["split"] or "train")
     return None
+
+
+def _ending(path: Path) -> str:
+    """Return what a file's name says it is: .csv, .tar.gz, or all of it."""
+    packed = path.suffixes[-2:] if path.suffix.lower() in _PACKED else [path.suffix]
+    return "".join(packed) or path.name
 
 
 def _folder(path: Path) -> list[Source]:

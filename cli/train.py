@@ -32,6 +32,7 @@ from .log import Log, check_logs, open_logs
 from .loop import Loop
 from .machine import rounded_products, shared_threads
 from .metrics import MetricsFile
+from .origin import check_given_again
 from .output import quoted
 from .parallel import LostProcessError, World, noticing_losses
 from .plan import describe_idle, describe_plan
@@ -71,6 +72,7 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
     """
     told = config_of(folder)
     config = in_place(folder, changed(told, options or {}))
+    check_given_again(options or {}, config)
     if (options or {}).get("device", "auto") == "auto":
         config = replace(config, device=available_device(told.device))
     processes = on_device(config, processes)

@@ -338,7 +338,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
         "data='nowhere.txt' does not exist: give a .txt, .jsonl or",
     ),
     "missing folder": (changed(data="./nowhere/at/all"), "data='./nowhere/at/all' does not exist"),
-    "file of another kind": (data("a.csv", "x"), "is neither .txt nor .jsonl"),
+    "file of another kind": (data("a.csv", "x"), "is neither .txt nor .txt.zst"),
     "empty corpus": (data("a.txt", " \n"), "holds no text"),
     "empty folder": (
         lambda desk: [desk.write("e/x.md", "x"), *desk.words(data=desk.path("e"))][1:],

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -21,13 +22,15 @@ import torch
 from documents import lines, sentences, split, write
 from relora_opt_cli import corpus as rooms
 from relora_opt_cli import encoding, store_writer, tokens
-from relora_opt_cli.corpus import Corpus, Settings, prepare, tokenize, train_tokenizer
+from relora_opt_cli.corpus import Corpus, Settings, encode_sources, prepare, tokenize, train_tokenizer
 from relora_opt_cli.data import Batches
 from relora_opt_cli.encoding import Encoded
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.journal import begin_journal
+from relora_opt_cli.pace import Pace
 from relora_opt_cli.store_writer import StoreWriter, key_of
 from relora_opt_cli.tokens import end_of_text_id, fit_tokenizer
+from rich.console import Console
 from test_cli_tokens import encode, lowercasing
 
 TEXTS = sentences(60)
@@ -610,6 +613,16 @@ def test_a_trained_tokenizer_is_the_one_that_a_run_would_train(tmp_path: Path) -
     first = made(tmp_path)
     trained = train_tokenizer([str(tmp_path / "texts.jsonl")], Settings(vocab_size=300))
     assert trained.to_str() == first.tokenizer.to_str()
+
+
+def test_files_that_are_not_read_are_told_of_wherever_texts_are(tmp_path: Path) -> None:
+    write(tmp_path / "texts" / "a.jsonl", lines(TEXTS))
+    write(tmp_path / "texts" / "notes.pdf", "")
+    source, out = str(tmp_path / "texts"), io.StringIO()
+    pace = Pace(Console(file=out))
+    corpus = prepare([source], Settings(vocab_size=300), seq_len=16, cache_folder=tmp_path / "cache", pace=pace)
+    encode_sources([source], corpus.tokenizer, text_field="text", end=corpus.eos_id, pace=pace)
+    assert out.getvalue() == 2 * f"data={source!r}: not read, being of other kinds: 1 .pdf\n"
 
 
 def test_preparing_is_silent_where_nobody_asks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

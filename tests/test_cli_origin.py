@@ -112,6 +112,8 @@ def test_the_options_of_a_run_on_tokens_begin_another_one(tmp_path: Path, places
     written = load_config_file(run / "config.toml")
     assert not {"vocab_size", "text_field", "val_share"} & set(written)
     new_run(resolve({**written, "out": str(tmp_path / "again")}), World())
+    with pytest.raises(UserError, match=r"text_field='body' is of texts, and data='.*own' is tokenized already"):
+        resume_run(run, {"steps": 22, "text_field": "body"})
     resume_run(run, {"steps": 22})
     assert rows(run)[-1].update == 22
 

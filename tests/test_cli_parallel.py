@@ -285,6 +285,11 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path: Path, text: Pat
             ("option", "if rank == 1: give('--lr', '5')", "rank 1: lr=5.0, and 0.001 on rank 0: give all processes"),
             ("no options", "if rank == 1: give('--config', 'no.toml')", "rank 1: config='no.toml' cannot be read"),
             ("folder", "if rank == 0: give('--out', 'text.txt/run')", "rank 0: out='text.txt/run' cannot be"),
+            (
+                "long name",
+                "if rank == 0: give('--out', 'x' * 300)",
+                "rank 0: '" + "x" * 300 + "' is longer than names of",
+            ),
             ("model", "if rank == 1: run.init_weights = fail", "rank 1: RuntimeError: the disk has melted"),
             ("save", "if rank == 0: fails(saving, 'save_checkpoint', 2)", "rank 0: RuntimeError: the disk has melted"),
             ("batch", "if rank == 1: fails(loop.Batches, 'batch', 5)", "rank 1: RuntimeError: the disk has melted"),

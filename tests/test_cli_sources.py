@@ -20,7 +20,7 @@ from pyarrow import parquet
 from relora_opt_cli import formats
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.parts import parts
-from relora_opt_cli.sources import find_sources, read_sources
+from relora_opt_cli.sources import find_sources, left_out, read_sources
 
 
 def zst(raw: bytes) -> bytes:
@@ -57,6 +57,8 @@ def test_every_kind_of_file_gives_the_same_read(tmp_path: Path) -> None:
     ]
     for source in sources:
         assert read(source) == TEXTS, source
+    for name, packed in {"t.txt.gz": gzip.compress, "t.txt.zst": zst}.items():
+        assert read(write(tmp_path / name, packed(TEXTS[3].encode()))) == [TEXTS[3]]
     assert read(*(write(tmp_path / f"{i}.txt", TEXTS[i]) for i in (0, 1, 3))) == [TEXTS[0], TEXTS[1], TEXTS[3]]
 
 
@@ -73,6 +75,20 @@ def test_folders_are_read_recursively_in_the_order_of_paths(tmp_path: Path) -> N
     write_parquet(tmp_path / "a" / "d.parquet", ["AD"])
     assert read(str(tmp_path)) == ["AC1", "AC2", "AD", "AZ", "B"]
     assert read(str(tmp_path / "b.txt"), str(tmp_path / "a")) == ["B", "AC1", "AC2", "AD", "AZ"]
+
+
+def test_files_of_other_kinds_in_a_folder_are_told_of(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.json", "c/d.json", "c/e.tar.gz", "c/.hidden", "f.txt.bz2", "LICENSE"):
+        write(tmp_path / "texts" / name, "x")
+    assert list(left_out([str(tmp_path / "texts"), str(tmp_path / "texts" / "a.txt"), "name:of:dataset"])) == [
+        f"data={str(tmp_path / 'texts')!r}: not read, being of other kinds: 2 .json, 1 .hidden, 1 .tar.gz, 1 .txt.bz2, "
+        "1 LICENSE"
+    ]
+    for number in range(9):
+        write(tmp_path / "more" / f"a.{number}", "x")
+    assert next(left_out([str(tmp_path / "more")])).endswith(", ...")
+    write(tmp_path / "whole" / "a.txt", "x")
+    assert not list(left_out([str(tmp_path / "whole")]))
 
 
 def test_patterns_stand_for_the_files_that_they_match(tmp_path: Path, offline: None) -> None:
@@ -213,8 +229,8 @@ def test_the_wrong_byte_is_the_one_that_decoding_the_whole_finds(
         ("a.jsonl.zst", zst(b'{"text": "ok"}\n3\n'), r"a\.jsonl\.zst, line 2 has no text"),
         ("a.parquet", b"", r"a\.parquet' cannot be read \(.*0 bytes"),
         ("a.parquet", b"PAR1 and then not PAR1", r"a\.parquet' cannot be read \("),
-        ("a.csv", b"text\nhello", r"a\.csv' is neither \.txt nor \.jsonl nor .* nor \.parquet: convert it"),
-        ("a/b.md", b"x", r"is a folder without \.txt, \.jsonl, .* files: give one that has some"),
+        ("a.csv", b"text\nhello", r"a\.csv' is neither \.txt nor .* nor \.jsonl nor .* nor \.parquet: convert it"),
+        ("a/b.md", b"x", r"is a folder without \.txt, .*\.jsonl, .* files: give one that has some"),
     ],
 )
 def test_a_bad_file_is_named(name: str, contents: bytes, message: str, tmp_path: Path) -> None:
