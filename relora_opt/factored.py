@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from . import inner
 from .factors import draw_a, draw_generator, matrix_shape, product
 from .groups import MATCHED, LowRank, Selected, Slot
+from .loading import check_scale
 from .matched import matched_scale, trial_shape
 from .schedule import JaggedSchedule
 from .state import Entry, LowRankState, add_master_, check_fits, exact_weight, is_low_rank, new_entry
@@ -40,7 +41,7 @@ class FactoredOptimizer(Optimizer):
     _options: list[Group]  # of every group as they were first given, without parameters
     _scales: list[Any]  # of every group
     _with_alpha: list[bool]  # whether the base keeps an alpha in the group
-    _matched: dict[tuple[int, ...], float]  # scales found so far, by (group, m, n)
+    _matched: dict[tuple[int, int, int], float]  # scales found so far, by (group, m, n)
     _drafts: dict[Tensor, Entry]
 
     @property
@@ -122,16 +123,20 @@ class FactoredOptimizer(Optimizer):
 
     def _scale(self, selected: Selected) -> float:
         """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
-        W, slot, group, number = selected
+        W, _, group, number = selected
         if group["scale"] != MATCHED:
             return float(group["scale"])
-        m, n = matrix_shape(W, is_batch=slot.is_batch)[-2:]
-        if (number, m, n) not in self._matched:
+        key = _, m, n = self._matched_key(selected)
+        if key not in self._matched:
             like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
             *shape, rank = trial_shape(m, n, group["rank"])
             A = draw_a(tuple(shape), rank, init=self.init, generator=draw_generator(0, "", 0), like=like)
-            self._matched[number, m, n] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
-        return self._matched[number, m, n]
+            self._matched[key] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
+        return self._matched[key]
+
+    def _matched_key(self, selected: Selected) -> tuple[int, int, int]:
+        m, n = matrix_shape(selected.W, is_batch=selected.slot.is_batch)[-2:]
+        return selected.number, m, n
 
     def _fix_scales(self) -> None:
         self._scales = [group["scale"] for group in self.param_groups]
@@ -162,6 +167,23 @@ class FactoredOptimizer(Optimizer):
                     f"param_groups[{number}] has alpha {group['alpha']} now, which nobody reads there: the scale is "
                     "fixed when a group is made; take it out, or construct a new optimizer with it"
                 )
+
+    def _check_scales(self, saved: dict[str, float], groups: list[Group]) -> None:
+        """Refuse matched scales in a saved state that are not those which this optimizer finds.
+
+        Raises:
+            ValueError: names the first weight of which that is so.
+        """
+        for selected in self._selected():
+            is_matched = MATCHED == selected.group["scale"] == groups[selected.number]["scale"]
+            if is_matched and selected.slot.name in saved:
+                check_scale(selected.slot.name, saved[selected.slot.name], self._scale(selected))
+
+    def _adopt_scales(self, saved: dict[str, float]) -> None:
+        """Take matched scales from a saved state, whose factors they belong to, to the last digit."""
+        for selected in self._selected():
+            if selected.group["scale"] == MATCHED and selected.slot.name in saved:
+                self._matched[self._matched_key(selected)] = saved[selected.slot.name]
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
         """Yield the selected weights, of all groups or of these, that have factors."""

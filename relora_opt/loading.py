@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
+from math import inf
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .sharding import is_sharded
 from .state import CLOCK, FORMAT, NAMES, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
+
+_SCALES_DIFFER = 0.01  # as a share; another processor or torch may round the last of four digits otherwise
 
 
 def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_start: int) -> None:
@@ -56,13 +59,32 @@ def check_names(saved: StateDict, names: list[str]) -> None:
         ValueError: names the first weight in which they differ.
     """
     theirs = saved.get(NAMES)
-    if theirs is None or theirs == names:
+    if theirs is None or list(theirs) == names:
         return
     other, ours = next(pair for pair in zip_longest(theirs, names, fillvalue="none") if pair[0] != pair[1])
     raise ValueError(
         f"the saved state is of other low-rank weights ({other} where this optimizer has {ours}): construct it alike, "
         f'with the same targets and names; if nothing but names has changed, remove "{NAMES}" from the state dictionary'
     )
+
+
+def saved_scales(saved: StateDict) -> dict[str, float]:
+    """Return the scales of a saved state by its weights' names; none of a state that has no record of them."""
+    theirs = saved.get(NAMES)
+    return theirs if isinstance(theirs, dict) else {}
+
+
+def check_scale(name: str, saved: float, own: float) -> None:
+    """Refuse a matched scale that is not this optimizer's own, to which later draws and updates would not fit.
+
+    Raises:
+        ValueError: names the weight and both scales.
+    """
+    if abs(saved / own - 1) > _SCALES_DIFFER:
+        raise ValueError(
+            f"the saved state has {name} at the matched scale {saved:.4g}, and this optimizer finds {own:.4g}: "
+            "construct it with the same init and options of the base, or give alpha as a number"
+        )
 
 
 def check_layouts(saved: StateDict, weights: Iterable[Selected]) -> None:
@@ -158,8 +180,13 @@ def _check_form(saved: Any) -> None:
         raise ValueError(f"state_dict holds {sorted(map(str, saved))}: {must}")
     if not isinstance(saved["state"], dict):
         raise TypeError(f"state_dict's state is a {type(saved['state']).__name__}: {must}")
-    if not isinstance(saved.get(NAMES, []), list):
-        raise TypeError(f"state_dict's {NAMES} is a {type(saved[NAMES]).__name__}: {must}")
+    theirs = saved.get(NAMES, {})
+    if not isinstance(theirs, (dict, list)):  # states of old have no scales
+        raise TypeError(f"state_dict's {NAMES} is a {type(theirs).__name__}: {must}")
+    scales = theirs.values() if isinstance(theirs, dict) else ()
+    wrong_scales = [scale for scale in scales if not (isinstance(scale, float) and 0 < scale < inf)]
+    if wrong_scales:
+        raise ValueError(f"state_dict's {NAMES} holds the scale {wrong_scales[0]!r}: {must}")
     groups = saved["param_groups"]
     wrong = [group for group in groups if not isinstance(group, dict)] if isinstance(groups, list) else [groups]
     if wrong:

@@ -32,7 +32,15 @@ from . import prune as pruning
 from .factored import FactoredOptimizer
 from .factors import INITS, movements, product_norm
 from .groups import LowRank, Params, ResolvedGroup, Selected, check_foreign_names, resolve_added_group, resolve_groups
-from .loading import check_clock, check_layouts, check_loadable, check_names, loaded, with_empty_states
+from .loading import (
+    check_clock,
+    check_layouts,
+    check_loadable,
+    check_names,
+    loaded,
+    saved_scales,
+    with_empty_states,
+)
 from .restart import check_prunable, prune_states_, reset_counters_
 from .schedule import JaggedSchedule
 from .select import Targets
@@ -140,7 +148,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
         self._slots = [group.slots for group in resolved]
-        self._matched: dict[tuple[int, ...], float] = {}
+        self._matched: dict[tuple[int, int, int], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
         template = self._template(resolved)
@@ -238,7 +246,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`.
 
-        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, for who loads it.
+        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, for who
+        loads it.
         """
         self._restore_models()
         self._check_groups()
@@ -250,7 +259,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 del self.state[W]
         entries = packed["state"].items()
         packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
-        return {**packed, NAMES: self.selected} if self.selected else packed
+        scales = {selected.slot.name: self._scale(selected) for selected in self._selected()}
+        return {**packed, NAMES: scales} if scales else packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -268,6 +278,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
         check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
+        scales = saved_scales(state_dict)
+        self._check_scales(scales, state_dict["param_groups"])
         if self._drafts:
             self._make_entries()
         live = dict(self.state)
@@ -291,6 +303,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
         self._fix_scales()
+        self._adopt_scales(scales)
         for factor in self._all_factors():
             factor.grad = None  # as at a restart: it belongs to the A before
         for W, *_ in self._selected():

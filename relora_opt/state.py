@@ -4,7 +4,7 @@
     state[p] of any other           the base optimizer's own
     every group                     rank, scale, factor_lr, pointing, num_updates, num_restarts, last_restart,
                                     relora_format
-low_rank                            the names of the low-rank weights, in `state_dict()` alone
+low_rank                            the names of the low-rank weights with their scales s, in `state_dict()` alone
 
 Only tensors, numbers and dictionaries of them, so `torch.load(weights_only=True)` and torch.distributed.checkpoint read
 it. "master" is the float32 value of a 16-bit weight, to which updates too small for 16 bits add up.

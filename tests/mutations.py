@@ -226,6 +226,13 @@ MUTATIONS = (
         ("test_laws_reference.py", WALK),
     ),
     Mutation(
+        "find a matched scale anew at a load",
+        "optimizer.py",
+        "        self._adopt_scales(scales)\n",
+        "",
+        ("test_matched_scale.py", "loaded_to_the_last_digit"),
+    ),
+    Mutation(
         "drop all state at the switch",
         "optimizer.py",
         "self.state.pop(selected.W, None)",

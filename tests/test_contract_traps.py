@@ -47,7 +47,9 @@ def train(model: nn.Module, optimizer: ReLoRAOptimizer, first: int, last: int) -
 
 
 @pytest.mark.parametrize("updates", [0, 1, 2, 3, 6, 7])
-def test_state_is_keyed_by_the_models_parameters_and_a_key_of_its_own_holds_nothing_but_names(updates: int) -> None:
+def test_state_is_keyed_by_the_models_parameters_and_a_key_of_its_own_holds_nothing_but_names_and_scales(
+    updates: int,
+) -> None:
     model = mlp()
     optimizer = relora(model, schedule=SCHEDULE)
     train(model, optimizer, 0, updates)
@@ -57,7 +59,7 @@ def test_state_is_keyed_by_the_models_parameters_and_a_key_of_its_own_holds_noth
     saved = optimizer.state_dict()
     assert saved.keys() == {"state", "param_groups", "low_rank"}
     names = saved.pop("low_rank")
-    assert names == optimizer.selected
+    assert names == {name: optimizer.scale(model.get_parameter(name)) for name in optimizer.selected}
     relora(mlp(), schedule=SCHEDULE).load_state_dict(saved)  # as torch.distributed.checkpoint leaves it
     assert not any(name in str(saved["param_groups"]) for name in names)
     assert relora(mlp(), rank=0, schedule=SCHEDULE).state_dict().keys() == {"state", "param_groups"}

@@ -451,10 +451,16 @@ MISTAKES = {
         "relora_format=99",
         "use the version that saved it",
     ),
-    "names that are no list": Mistake(
+    "names that are none": Mistake(
         lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": 3}),
         TypeError,
         "low_rank is a int",
+        "must be what optimizer.state_dict() gave",
+    ),
+    "a scale that is none": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": {"first.weight": 0.0}}),
+        ValueError,
+        "low_rank holds the scale 0.0",
         "must be what optimizer.state_dict() gave",
     ),
     "another weight's state": Mistake(

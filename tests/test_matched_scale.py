@@ -282,6 +282,43 @@ def test_a_state_keeps_the_scale_that_it_was_trained_with(saved: Any, live: Any)
     assert ours.scale(W) == theirs.scale(X)
 
 
+def test_a_matched_scale_is_loaded_to_the_last_digit() -> None:
+    (_, ours), (X, theirs) = matched(AdamW), matched(AdamW)
+    layer = nn.Linear(N, M, bias=False)
+    layer.weight = X
+    functional = theirs.functional(layer)
+    X.grad = torch.ones_like(X)
+    theirs.step()
+    state = ours.state_dict()
+    rounded = {name: scale * 1.0005 for name, scale in state["low_rank"].items()}  # by another processor, say
+    theirs.load_state_dict({**state, "low_rank": rounded})
+    assert [theirs.scale(X)] == [float(place.scale) for place in functional._places] == list(rounded.values())
+    assert theirs.state_dict()["low_rank"] == rounded
+
+
+OTHERS: dict[str, tuple[Any, Any]] = {  # a base with its options, and one like it whose matched scale is another
+    "init": ((AdamW, {}), (AdamW, {"init": "kaiming"})),
+    "an option of the base": ((Muon, {}), (Muon, {"adjust_lr_fn": "match_rms_adamw"})),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_state_at_another_matched_scale_is_refused_and_nothing_is_changed(name: str, updates: int) -> None:
+    (base, options), (other, other_options) = OTHERS[name]
+    (W, ours), (X, theirs) = matched(base, **options), matched(other, **other_options)
+    for _ in range(updates):
+        W.grad = torch.ones_like(W)
+        ours.step()
+    state, scale = ours.state_dict(), theirs.scale(X)
+    with pytest.raises(ValueError, match=rf"at the matched scale {ours.scale(W):.4g}, .* finds {scale:.4g}: construct"):
+        theirs.load_state_dict(state)
+    assert not theirs.state
+    assert theirs.scale(X) == scale
+    theirs.load_state_dict({**state, "low_rank": list(state["low_rank"])})  # a state of old, without scales
+    assert theirs.num_updates == updates
+
+
 @pytest.mark.parametrize(
     ("shape", "rank", "expected"),
     [
