@@ -180,9 +180,9 @@ class FactoredOptimizer(Optimizer):
                 check_scale(selected.slot.name, saved[selected.slot.name], self._scale(selected))
 
     def _adopt_scales(self, saved: dict[str, float]) -> None:
-        """Take matched scales from a saved state, whose factors they belong to, to the last digit."""
+        """Take scales from a saved state, for its groups that are matched: to the last digit."""
         for selected in self._selected():
-            if selected.group["scale"] == MATCHED and selected.slot.name in saved:
+            if selected.slot.name in saved:
                 self._matched[self._matched_key(selected)] = saved[selected.slot.name]
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:

@@ -1,4 +1,4 @@
-"""Gradients on their way into an update: averaged over processes, projected, unscaled, found to be finite or not."""
+"""Gradients on their way into an update: averaged over processes, projected, found to be finite or not."""
 
 from __future__ import annotations
 
@@ -41,15 +41,6 @@ def _projections(weight: LowRankState) -> tuple[Tensor, ...]:
     if isinstance(gradient, ProjectedGradient):
         return gradient.use(weight.A, weight.B)
     return () if gradient is None else project(gradient, weight.A, weight.B, weight.scale)
-
-
-def unscale_(parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
-    """Divide the gradients by a GradScaler's scale, in place; None means that they are unscaled already."""
-    if grad_scale is None:
-        return
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.div_(grad_scale.to(p.grad.device))
 
 
 def are_finite(parameters: Iterable[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -149,15 +149,34 @@ def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
     raw = _raw_groups(params)
     chosen = Choice(model, low_rank.targets)
     resolved = [part for group in raw for part in _split(group, low_rank, chosen)]
+    _check_names(resolved, ())
     chosen.check_all_matched()
     _check_selection(resolved, raw, model, low_rank)
     return resolved
 
 
-def resolve_added_group(group: dict[str, Any], low_rank: LowRank, *, before: Sequence[str]) -> list[ResolvedGroup]:
-    """Split a group that is added to an optimizer of parameters with these names; nothing in it need be selected."""
-    (raw,) = _raw_groups([group], before)
-    return list(_split(raw, low_rank, Choice(None, low_rank.targets)))
+def resolve_added_group(
+    group: dict[str, Any], low_rank: LowRank, *, num_before: int, taken: Iterable[str]
+) -> list[ResolvedGroup]:
+    """Split a group that is added to an optimizer; nothing in it need be selected.
+
+    Args:
+        num_before: how many parameters the optimizer has. taken: the names of its low-rank weights.
+    """
+    (raw,) = _raw_groups([group], num_before)
+    resolved = list(_split(raw, low_rank, Choice(None, low_rank.targets)))
+    _check_names(resolved, taken)
+    return resolved
+
+
+def _check_names(groups: Iterable[ResolvedGroup], taken: Iterable[str]) -> None:
+    """Refuse low-rank weights of one name; a dense parameter may have that of another, a head's that it replaces."""
+    names = Counter((*taken, *(slot.name for group in groups if group.options["rank"] for slot in group.slots)))
+    for name, times in names.most_common(1):
+        if times > 1:
+            raise ValueError(
+                f"{name} is the name of {times} low-rank weights: each needs its own, by which its factors are drawn"
+            )
 
 
 def _split(group: dict[str, Any], low_rank: LowRank, chosen: Choice) -> Iterator[ResolvedGroup]:
@@ -220,20 +239,14 @@ def _is_selected(slot: Slot, parameter: Tensor, settings: LowRank, chosen: Choic
     return True
 
 
-def _raw_groups(params: Params, before: Sequence[str] = ()) -> list[dict[str, Any]]:
+def _raw_groups(params: Params, num_before: int = 0) -> list[dict[str, Any]]:
     """Return group dictionaries whose "params" are (name, parameter) pairs; parameters without a name are numbered.
 
-    `before` holds the names that are taken, of as many parameters.
+    `num_before` parameters were numbered before.
     """
-    groups = _groups_of_pairs(params, count(len(before)))
-    names = [name for group in groups for name, _ in group["params"]]
-    if not names:
+    groups = _groups_of_pairs(params, count(num_before))
+    if not any(group["params"] for group in groups):
         raise ValueError("params is empty: there is nothing to optimize")
-    name, times = Counter((*before, *names)).most_common(1)[0]
-    if times > 1:
-        raise ValueError(
-            f"{name} is the name of {times} parameters: each needs its own, by which its factors are drawn"
-        )
     return groups
 
 

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .state import is_low_rank
+from .state import OPTIONS, is_low_rank
 
 Group = dict[str, Any]
 State = dict[str, Any]
+
+_OWN = frozenset(OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Base:
         for group in groups:
             if "lr" in group:
                 _check_rate(group["lr"])
-        optimizer = self.factory(groups, **self.options)
+        optimizer = self.factory([_shown(group) for group in groups], **self.options)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"base gave a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
         if [_ids(group) for group in optimizer.param_groups] != [_ids(group) for group in groups]:
@@ -116,6 +118,12 @@ def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimiz
 def _check_is_plain(optimizer: Optimizer) -> None:
     """Refuse a base of which something would be lost: state that is no parameter's, hooks, a `step` of its own."""
     name = type(optimizer).__name__
+    shared = sorted(_OWN & optimizer.defaults.keys())
+    if shared:
+        raise ValueError(
+            f"{name} keeps {', '.join(shared)} in its groups, where {'they are' if shared[1:] else 'that is'} "
+            "ReLoRAOptimizer's own: use it alone, or give another base"
+        )
     hidden = sorted(str(key) for key in optimizer.state_dict().keys() - {"state", "param_groups"})
     if hidden:
         raise ValueError(
@@ -200,6 +208,7 @@ class Inner:
         self._base = base
         self._optimizer: Optimizer | None = None
         self._key: list[int] = []
+        self._rates: list[Any] = []
         self._has_adopted = False
 
     def current(self, groups: list[Group], state: Any) -> Optimizer:
@@ -218,10 +227,11 @@ class Inner:
     def set_rates(self, groups: list[Group], rates: list[Any]) -> None:
         """Copy the outer groups' options into the base's, with these effective rates."""
         assert self._optimizer is not None
+        self._rates = rates
         for group, own, rate in zip(groups, self._optimizer.param_groups, rates, strict=True):
             for counter in own.keys() - group.keys() if self._has_adopted else ():  # which a restart has taken away
                 del own[counter]
-            own.update({key: value for key, value in group.items() if key != "params"}, lr=rate)
+            own.update({key: value for key, value in _shown(group).items() if key != "params"}, lr=rate)
 
     def adopt(self, groups: list[Group], state: Any) -> None:
         """Hold in `state` and `groups` what the base holds: it may have made state, or counted in its groups."""
@@ -229,8 +239,10 @@ class Inner:
         for holder, name, parameter in _links(groups, state):
             holder[name] = self._optimizer.state[parameter]
         state.update(_of_no_parameter(self._optimizer.state))
-        for group, own in zip(groups, self._optimizer.param_groups, strict=True):
-            group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
+        for group, own, rate in zip(groups, self._optimizer.param_groups, self._rates, strict=True):
+            group.update({key: value for key, value in own.items() if key not in ("params", "lr", *_OWN)})
+            if isinstance(rate, float) and own["lr"] != rate != 0:  # the base lowers its rate by itself
+                group["lr"] *= own["lr"] / rate
         self._has_adopted = True
 
     def _is_linked(self, groups: list[Group], state: Any) -> bool:
@@ -262,6 +274,11 @@ def _links(groups: list[Group], state: Any) -> Iterator[tuple[Any, Any, Tensor]]
             yield entry, "B_state", entry["B"]
         else:
             yield state, p, p
+
+
+def _shown(group: Group) -> Group:
+    """Return what a base sees of a group: its rank, by which a factory may tell factors, and what is not ours."""
+    return {key: value for key, value in group.items() if key == "rank" or key not in _OWN}
 
 
 def _of_no_parameter(state: Any) -> dict[Any, Any]:

@@ -18,7 +18,7 @@ restart.py, what is loaded in loading.py.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet
 
@@ -31,13 +31,24 @@ from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
 from .factored import FactoredOptimizer
 from .factors import INITS, movements, product_norm
-from .groups import LowRank, Params, ResolvedGroup, Selected, check_foreign_names, resolve_added_group, resolve_groups
+from .groups import (
+    MATCHED,
+    LowRank,
+    Params,
+    ResolvedGroup,
+    Selected,
+    check_foreign_names,
+    resolve_added_group,
+    resolve_groups,
+)
 from .loading import (
     check_clock,
     check_layouts,
     check_loadable,
     check_names,
+    check_scales,
     loaded,
+    saved_dtypes,
     saved_scales,
     with_empty_states,
 )
@@ -46,6 +57,7 @@ from .schedule import JaggedSchedule
 from .select import Targets
 from .state import (
     CLOCK,
+    DTYPES,
     FORMAT,
     NAMES,
     Before,
@@ -187,8 +199,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         if closure is not None and not self._passes_closure:
             with torch.enable_grad():
                 loss = closure()
-        if self._amp_skips():
-            return loss
+        self._check_unscaled()
         counts = not phantom.is_phantom(self.param_groups, self.state, self._all_factors())
         if counts and self._is_template:
             if self.num_updates == 0:
@@ -224,9 +235,9 @@ class ReLoRAOptimizer(FactoredOptimizer):
         param_group = {
             key: value for key, value in param_group.items() if key not in ("scale", "pointing", *new_clock())
         }
-        num_groups, names = len(self.param_groups), [slot.name for slots in self._slots for slot in slots]
+        num_groups, num_before = len(self.param_groups), sum(map(len, self._slots))
         try:
-            for group in resolve_added_group(param_group, self._low_rank, before=names):
+            for group in resolve_added_group(param_group, self._low_rank, num_before=num_before, taken=self.selected):
                 template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group(_with_own_tensors({**template, **group.options, **own}))
@@ -246,8 +257,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`.
 
-        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, for who
-        loads it.
+        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, and
+        "dtypes" those of all parameters, for who loads it.
         """
         self._restore_models()
         self._check_groups()
@@ -259,12 +270,15 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 del self.state[W]
         entries = packed["state"].items()
         packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
+        packed[DTYPES] = [str(p.dtype).removeprefix("torch.") for p in self.parameters()]
         scales = {selected.slot.name: self._scale(selected) for selected in self._selected()}
         return {**packed, NAMES: scales} if scales else packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken, bitwise. Factors in use are overwritten in place; dtypes are kept.
+        """Continue where `state_dict()` was taken, bitwise. Factors in use are overwritten in place.
+
+        Dtypes are kept, but for what follows a parameter's own, where that is another one now.
 
         Raises:
             ValueError: where the state is another optimizer's, of an unknown format, of other weights or ranks, or
@@ -290,13 +304,14 @@ class ReLoRAOptimizer(FactoredOptimizer):
             super().load_state_dict(state_dict)
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
-        # torch has cast every floating tensor to its parameter's dtype; here everything keeps the one it was saved in.
+        # torch has cast every floating tensor to its parameter's dtype: here the saved ones take their places.
+        dtypes = saved_dtypes(state_dict)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for W, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index)
                 if saved is not None:
                     on_device = bool(group.get("fused") or group.get("capturable"))
-                    self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device)
+                    self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device, was=dtypes.get(index))
         for group in self.param_groups:
             group.setdefault("pointing", 0)  # of a state saved before there was pointing
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
@@ -324,7 +339,13 @@ class ReLoRAOptimizer(FactoredOptimizer):
             self._init_transients()
             self._attach(takes_over=True)
 
-    _step_supports_amp_scaling = True  # GradScaler hands over its scale and what it found: see _amp_skips
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler must leave unscaling to `step`, which refuses: it does not know the factors' gradients.
+
+        Those of the dense path are the model's own, which it unscales and finds infinite, as any optimizer's.
+        """
+        return any(factor.grad is not None for factor in self._all_factors())
 
     # What is ReLoRA's own
 
@@ -369,16 +390,24 @@ class ReLoRAOptimizer(FactoredOptimizer):
 
     @property
     def clock(self) -> dict[str, Any]:
-        """The counters, and in `fresh` the low-rank weights of whose factors the base holds no state: for `set_clock`.
+        """The counters, and what else a template of the state is made by: for `set_clock`.
 
-        Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
+        `fresh` lists the low-rank weights of whose factors the base holds no state, and `scales` has the scales that
+        are matched. Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
         """
         fresh = [s.slot.name for s in self._selected() if not self.state.get(s.W, {}).get("A_state")]
         counters: dict[str, Any] = {name: self.param_groups[0][name] for name in CLOCK}
-        return {**counters, "fresh": fresh if self.is_low_rank else []}
+        scales = {s.slot.name: self._scale(s) for s in self._selected() if s.group["scale"] == MATCHED}
+        return {**counters, "fresh": fresh if self.is_low_rank else [], "scales": scales}
 
     def set_clock(
-        self, *, num_updates: int, num_restarts: int, last_restart: int, fresh: Sequence[str] | None = None
+        self,
+        *,
+        num_updates: int,
+        num_restarts: int,
+        last_restart: int,
+        fresh: Sequence[str] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
 
@@ -388,18 +417,24 @@ class ReLoRAOptimizer(FactoredOptimizer):
         Args:
             fresh: the names of the low-rank weights of whose factors the base holds no state; left out, all of them at
                 the switch, and none later.
+            scales: the matched scales by the names of weights; left out, those that this optimizer finds.
 
         Raises:
-            ValueError: where the optimizer holds state already, or the counters are impossible.
+            ValueError: where the optimizer holds state already, the counters are impossible, or a matched scale is
+                another one here.
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
         check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
             fresh = self.selected if num_updates == last_restart and not num_restarts else ()
-        unknown = sorted({*fresh} - {*self.selected})
+        scales = dict(scales or {})
+        unknown = sorted({*fresh, *scales} - {*self.selected})
         if unknown:
-            raise ValueError(f"fresh: {unknown} are no low-rank weights of this optimizer: construct it alike")
+            raise ValueError(f"fresh, scales: {unknown} are no low-rank weights of this optimizer: construct it alike")
+        check_scales(scales)
+        self._check_scales(scales, self.param_groups)
+        self._adopt_scales(scales)
         for group in self.param_groups:
             group.update(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
         self._fresh = fresh
@@ -545,8 +580,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
             result = inner.step(base, closure)
         self._inner.adopt(self.param_groups, self.state)
         self._is_template = True
-        fresh = self.selected if self._fresh is None else self._fresh
-        phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in fresh))
+        phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in (self._fresh or ())))
         return result
 
     def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
@@ -652,18 +686,12 @@ class ReLoRAOptimizer(FactoredOptimizer):
         self._make_entries()
         reset_counters_(self._selected(), self.state, self._base, self._options)
 
-    def _amp_skips(self) -> bool:
-        """Do a GradScaler's work, where there is one, and say whether the update must be skipped."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return False
-        if any(factor.grad is not None for factor in self._all_factors()):
+    def _check_unscaled(self) -> None:
+        if getattr(self, "found_inf", None) is not None and self._step_supports_amp_scaling:
             raise RuntimeError(
                 "factor gradients of the functional path under a GradScaler, which cannot unscale them: use bfloat16 "
                 "autocast without a scaler, or the dense path (loss.backward() through the model itself)"
             )
-        gradients.unscale_(self.parameters(), getattr(self, "grad_scale", None))
-        return bool(found_inf)
 
 
 def _with_own_tensors(group: Group) -> Group:

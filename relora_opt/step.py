@@ -273,6 +273,13 @@ def _compiled(loss: nn.Module, accumulate: int, options: dict[str, Any], *, has_
             except Exception as error:
                 if drop_cut_library(error, dropped):
                     continue
+                if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+                    raise RuntimeError(
+                        "make_step compiles the same code for every model, rank and form of batch, and torch stops "
+                        f"after {torch._dynamo.config.recompile_limit} of them in a process: call "
+                        "torch.compiler.reset() between models, raise torch._dynamo.config.recompile_limit, or say "
+                        "compile=False"
+                    ) from error
                 if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                     raise
                 reason = " ".join(line for line in str(error).splitlines()[:2] if line).rstrip(".")

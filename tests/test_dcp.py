@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from models import MLP, batch, differences, jagged_schedule, mlp, relora, selected_weights, snapshot, stepper
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -86,6 +87,32 @@ def test_continuing_from_its_files_is_bitwise_at_every_moment(
             assert not differences(run(path, resumed, stop, stop + 5), run(path, twin, stop, stop + 5))
 
 
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+@pytest.mark.parametrize("is_flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("case", ["AdamW", "magnitude", "cleared by a reset"])
+def test_a_file_without_its_clock_loses_nothing(case: str, is_flat: bool, stop: int, tmp_path: Path) -> None:
+    """Without a warm start the template of a fresh optimizer has all that files of most moments have."""
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    made, resumed = build(case, torch.float32, warm_start=0), build(case, torch.float32, seed=1, warm_start=0)
+    run("dense", made, 0, stop)
+    dcp.save(packed(made, options), checkpoint_id=tmp_path, no_dist=True)
+    template = packed(resumed, options)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    resumed[0].load_state_dict(template["model"])
+    set_optimizer_state_dict(*resumed, template["optimizer"], options=options)
+    assert not differences(snapshot(*resumed), snapshot(*made))
+    assert not differences(run("dense", resumed, stop, 9), run("dense", made, stop, 9))
+
+
+def test_a_file_of_a_moment_that_a_template_does_not_have_is_refused(tmp_path: Path) -> None:
+    """After a restart that has cleared their state, the file lacks what the base keeps of the factors."""
+    made, resumed = (build("cleared by a reset", torch.float32, warm_start=0) for _ in range(2))
+    run("dense", made, 0, 4)
+    dcp.save(packed(made, StateDictOptions()), checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*A_state"):
+        dcp.load(packed(resumed, StateDictOptions()), checkpoint_id=tmp_path, no_dist=True)
+
+
 @pytest.mark.parametrize("is_flat", [False, True], ids=["nested", "flat"])
 def test_a_state_that_the_base_makes_when_it_is_built_is_there_at_the_switch(is_flat: bool, tmp_path: Path) -> None:
     """Adagrad's accumulator starts from a number of its own."""
@@ -117,7 +144,7 @@ def test_the_clock_is_plain_and_says_of_which_factors_the_base_knows_nothing() -
         assert json.loads(json.dumps(seen[-1])) == seen[-1]
     weights = ["first.weight", "second.weight"]
     assert [clock["fresh"] for clock in seen] == [weights, weights, weights, [], []]  # the switch, and two sketches
-    assert seen[4] == {"num_updates": 5, "num_restarts": 1, "last_restart": 5, "fresh": []}
+    assert seen[4] == {"num_updates": 5, "num_restarts": 1, "last_restart": 5, "fresh": [], "scales": {}}
 
 
 def test_without_fresh_the_clock_stands_as_a_state_of_that_many_updates_has_it() -> None:
@@ -130,15 +157,13 @@ def test_without_fresh_the_clock_stands_as_a_state_of_that_many_updates_has_it()
             assert bool(optimizer.state[weight]["A_state"]) == has_state
 
 
-def test_the_phantom_step_makes_up_nothing_for_factors_that_have_made_no_update() -> None:
+def test_what_the_phantom_step_makes_up_does_not_count() -> None:
     """Momentum of zeros is not the momentum of a first update under dampening; torch's own SGD is left with it."""
     runs = []
     for has_phantom in (True, False):
         made = build("cleared by a reset", torch.float32, warm_start=0)
         if has_phantom:
             get_optimizer_state_dict(*made)
-            for weight in selected_weights(made[0]).values():
-                assert made[1].state[weight]["A_state"] == {}
         run("dense", made, 0, 1)
         runs.append({name: made[1].factors(weight) for name, weight in selected_weights(made[0]).items()})
     assert not differences(*runs)
@@ -164,6 +189,21 @@ def test_the_phantom_step_does_not_touch_torchs_random_state(case: str, num_upda
     get_optimizer_state_dict(*made)
     assert made[1].state
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_clock_carries_matched_scales_and_another_optimizers_are_refused() -> None:
+    model = mlp()
+    optimizer = relora(model, alpha="matched", init="kaiming")
+    clock = optimizer.clock
+    assert clock["scales"] == {name: optimizer.scale(model.get_parameter(name)) for name in optimizer.selected}
+    with pytest.raises(ValueError, match=r"the saved state has first\.weight at the matched scale .* same init"):
+        relora(mlp(), alpha="matched").set_clock(**clock)
+    rounded = {name: scale * 1.0005 for name, scale in clock["scales"].items()}  # by another processor, say
+    resumed = relora(mlp(), alpha="matched", init="kaiming")
+    resumed.set_clock(**{**clock, "scales": rounded})
+    assert resumed.clock["scales"] == rounded
+    with pytest.raises(ValueError, match=r"fresh, scales: \['other'\] are no low-rank weights"):
+        resumed.set_clock(**{**clock, "scales": {"other": 1.0}})
 
 
 def test_a_copy_knows_what_set_clock_said() -> None:

@@ -279,7 +279,7 @@ MISTAKES = {
     "one name twice": Mistake(
         lambda: low_rank([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 4)))], targets=["a"]),
         ValueError,
-        "a is the name of 2 parameters",
+        "a is the name of 2 low-rank weights",
         "each needs its own",
     ),
     "a set": Mistake(lambda: low_rank([{"params": set(mlp().parameters())}]), TypeError, "a set", "give a list"),
@@ -460,7 +460,13 @@ MISTAKES = {
     "a scale that is none": Mistake(
         lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": {"first.weight": 0.0}}),
         ValueError,
-        "low_rank holds the scale 0.0",
+        "the scale of first.weight is 0.0",
+        "must be a positive number, as it was saved",
+    ),
+    "dtypes that are none": Mistake(
+        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "dtypes": ["float33"]}),
+        TypeError,
+        "dtypes is ['float33']",
         "must be what optimizer.state_dict() gave",
     ),
     "another weight's state": Mistake(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
+from relora_opt.state import OPTIONS
 
 
 class Plain(Optimizer):
@@ -85,7 +86,7 @@ def trained(base: Callable[..., Optimizer], steps: int, **options: Any) -> tuple
     return model, optimizer
 
 
-def train(model: nn.Module, optimizer: ReLoRAOptimizer, updates: Iterable[int]) -> None:
+def train(model: nn.Module, optimizer: Optimizer, updates: Iterable[int]) -> None:
     for index in updates:
         optimizer.zero_grad()
         mse(model, *batch(index, torch.float64)).backward()
@@ -187,3 +188,50 @@ def test_a_rate_that_is_a_tensor_is_each_groups_own() -> None:
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
         [0.005] * len(optimizer.param_groups)
     )
+
+
+@pytest.mark.parametrize("name", ["scale", "rank", "factor_lr", "num_updates"])
+def test_a_base_that_keeps_an_option_by_a_name_of_ours_is_refused(name: str) -> None:
+    class Scaled(Plain):
+        def __init__(self, params: Iterable[Any], **options: Any) -> None:
+            super().__init__(params, **{name: 1.0, **options})
+
+    with pytest.raises(ValueError, match=rf"Scaled keeps {name} in its groups, where that is ReLoRAOptimizer's own"):
+        ReLoRAOptimizer(mlp(), Scaled, rank=2, alpha=2)
+
+
+def test_a_base_sees_nothing_of_ours_in_its_groups_but_the_rank() -> None:
+    seen = []
+
+    class Looks(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            seen.extend(group.keys() for group in self.param_groups)
+            super().step()
+
+    model = mlp(torch.float64)
+    train(model, ReLoRAOptimizer(model, Looks, rank=2, lr=0.01, schedule=JaggedSchedule(2)), range(4))
+    assert seen
+    assert all(keys & set(OPTIONS) == {"rank"} for keys in seen)
+
+
+class LowersItsRate(SGD):
+    """Halves the rate in its groups after every update, as a base with a schedule inside does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["lr"] /= 2
+
+
+def test_a_rate_that_the_base_lowers_stays_lowered() -> None:
+    model, plain_model = mlp(torch.float64), mlp(torch.float64)
+    optimizer = ReLoRAOptimizer(model, LowersItsRate, rank=2, alpha=2, lr=0.01, schedule=JaggedSchedule(4, 2))
+    train(model, optimizer, range(3))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01 / 8] * len(optimizer.param_groups)
+    plain_model.load_state_dict(model.state_dict())
+    plain = ReLoRAOptimizer(model, LowersItsRate, rank=0, lr=0.01)
+    alone = LowersItsRate(plain_model.parameters(), lr=0.01)
+    train(model, plain, range(3))
+    train(plain_model, alone, range(3))
+    for p, q in zip(model.parameters(), plain_model.parameters(), strict=True):
+        assert torch.equal(p, q)

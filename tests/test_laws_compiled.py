@@ -262,3 +262,20 @@ def test_a_compiled_expression_of_a_matrix_has_the_eager_factor_gradients(name: 
         gradients.append([factor.grad for factor in optimizer.factors(model.w)])
     for ours, theirs in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_more_models_than_torch_compiles_in_a_process_are_refused_with_the_remedy() -> None:
+    def step(width: int) -> Any:
+        model = nn.Linear(4, width)
+        optimizer = relora(model, targets=["weight"])
+        return optimizer.make_step(model, lambda f, x: f(x).square().mean(), compile={"backend": "aot_eager"})
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (5, 6):
+            step(width)(torch.ones(3, 4))
+        with pytest.raises(
+            RuntimeError, match=r"torch stops after 2 of them in a process: call torch\.compiler\.reset"
+        ):
+            step(7)(torch.ones(3, 4))
+        torch.compiler.reset()
+        step(7)(torch.ones(3, 4))

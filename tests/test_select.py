@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import mlp
+from models import batch, mlp, mse, relora
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.pytorch_utils import Conv1D
@@ -289,6 +289,21 @@ def test_parameters_without_names_are_refused_unless_their_groups_set_a_rank() -
     groups = [{"params": [model.first.weight, model.first.bias], "rank": 3}, {"params": [model.head.weight], "rank": 0}]
     assert selected(model, ReLoRAOptimizer(groups, AdamW, rank=2)) == ["first.weight"]
     assert selected(model, ReLoRAOptimizer(model.parameters(), AdamW, rank=0)) == []
+
+
+def test_a_dense_parameter_may_have_the_name_of_another_and_a_low_rank_weight_may_not() -> None:
+    """A head that was replaced, say, and is added under its old name."""
+    model = mlp()
+    optimizer = relora(model)
+    model.head = nn.Linear(8, 3)
+    optimizer.add_param_group({"params": [(f"head.{name}", p) for name, p in model.head.named_parameters()]})
+    before = model.head.weight.detach().clone()
+    mse(model, *batch(0)).backward()
+    optimizer.step()
+    assert not torch.equal(model.head.weight, before)
+    model.first = nn.Linear(7, 6)
+    with pytest.raises(ValueError, match=r"first\.weight is the name of 2 low-rank weights"):
+        optimizer.add_param_group({"params": [("first.weight", model.first.weight)], "rank": 2})
 
 
 def test_a_group_without_a_rank_stays_dense_beside_one_that_sets_it() -> None:

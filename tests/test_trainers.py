@@ -238,6 +238,26 @@ def test_accelerate_saves_and_loads_a_run_bitwise(accelerator: Any, tmp_path: Pa
     assert not differences(snapshot(*parts[:2]), snapshot(*whole[:2]))
 
 
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # Accelerate replaces it, to see whether it is called
+def test_what_a_grad_scaler_skips_accelerate_knows_and_schedules_nothing_for(accelerator: Any) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 10)
+    wrapped_scheduler = accelerate.scheduler.AcceleratedScheduler(scheduler, wrapped)
+    skipped = []
+    for u in range(4):
+        scaler.scale(2.0**80 * mse(model, *batch(u)) if u in (1, 3) else 0.0 * mse(model, *batch(u))).backward()
+        wrapped.step()
+        wrapped_scheduler.step()
+        wrapped.zero_grad()
+        skipped.append(wrapped.step_was_skipped)
+    assert skipped == [False, True, False, True]
+    assert optimizer.num_updates == 2
+    assert scheduler.last_epoch == 2
+
+
 # ---- averages of weights, autocast, clipping, torch.compile
 
 
