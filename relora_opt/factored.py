@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from . import inner
 from .factors import draw_a, draw_generator, matrix_shape, product
 from .groups import MATCHED, LowRank, Selected, Slot
-from .loading import check_scale
-from .matched import matched_scale, trial_shape
+from .matched import check_scale, matched_scale, trial_shape
 from .schedule import JaggedSchedule
 from .state import Entry, LowRankState, add_master_, check_fits, exact_weight, is_low_rank, new_entry
 

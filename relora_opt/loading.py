@@ -20,8 +20,6 @@ from .state import CLOCK, DTYPES, FORMAT, NAMES, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
 
-_SCALES_DIFFER = 0.01  # as a share; another processor or torch may round the last of four digits otherwise
-
 
 def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_start: int) -> None:
     """Refuse a state dictionary that would be misread.
@@ -72,19 +70,6 @@ def saved_scales(saved: StateDict) -> dict[str, float]:
     """Return the scales of a saved state by its weights' names; none of a state that has no record of them."""
     theirs = saved.get(NAMES)
     return theirs if isinstance(theirs, dict) else {}
-
-
-def check_scale(name: str, saved: float, own: float) -> None:
-    """Refuse a matched scale that is not this optimizer's own, to which later draws and updates would not fit.
-
-    Raises:
-        ValueError: names the weight and both scales.
-    """
-    if abs(saved / own - 1) > _SCALES_DIFFER:
-        raise ValueError(
-            f"the saved state has {name} at the matched scale {saved:.4g}, and this optimizer finds {own:.4g}: "
-            "construct it with the same init and options of the base"
-        )
 
 
 def check_scales(scales: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from .inner import Base, step
 
 Group = dict[str, Any]
 
+_DIFFER = 0.01  # as a share; another processor or torch may round the last of four digits otherwise
 _LARGEST = 2**22  # numbers in a matrix to try the base on; 16 MB, and the base's state of it, for a while
 
 
@@ -79,6 +80,19 @@ def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, nu
         )
     scale = (of_dense / of_low_rank) ** (1 / (1 + math.log2(ratio)))
     return float(f"{scale:.4g}")
+
+
+def check_scale(name: str, saved: float, own: float) -> None:
+    """Refuse a matched scale that is not this optimizer's own, to which later draws and updates would not fit.
+
+    Raises:
+        ValueError: names the weight and both scales.
+    """
+    if abs(saved / own - 1) > _DIFFER:
+        raise ValueError(
+            f"the saved state has {name} at the matched scale {saved:.4g}, and this optimizer finds {own:.4g}: "
+            "construct it with the same init and options of the base"
+        )
 
 
 def trial_shape(m: int, n: int, rank: int) -> tuple[int, int, int]:
