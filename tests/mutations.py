@@ -228,8 +228,8 @@ MUTATIONS = (
     Mutation(
         "find a matched scale anew at a load",
         "optimizer.py",
-        "        self._adopt_scales(scales)\n",
-        "",
+        "        self._fix_scales()\n        self._adopt_scales(scales)\n",
+        "        self._fix_scales()\n",
         ("test_matched_scale.py", "loaded_to_the_last_digit"),
     ),
     Mutation(
