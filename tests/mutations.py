@@ -299,7 +299,7 @@ MUTATIONS = (
     Mutation(
         "let loading cast factors to the weight's dtype",
         "optimizer.py",
-        "self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device)",
+        "self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device, was=dtypes.get(index))",
         "pass",
         ("test_laws_resume.py", "continuing_from_a_file and dense and bfloat16 and SGD"),
     ),
@@ -376,7 +376,7 @@ MUTATIONS = (
     Mutation(
         "load the state of other weights of the same shapes",
         "loading.py",
-        "if theirs is None or theirs == names:",
+        "if theirs is None or list(theirs) == names:",
         "if theirs is None or len(theirs) == len(names):",
         ("test_contract_traps.py", "other_weights_of_the_same_shapes"),
     ),
