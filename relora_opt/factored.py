@@ -122,12 +122,15 @@ class FactoredOptimizer(Optimizer):
 
     def _scale(self, selected: Selected) -> float:
         """Return s of a weight; where it is matched, it is found once for every shape, from the options first given."""
+        if selected.group["scale"] != MATCHED:
+            return float(selected.group["scale"])
+        return self._matched_scale(selected)
+
+    def _matched_scale(self, selected: Selected) -> float:
         W, _, group, number = selected
-        if group["scale"] != MATCHED:
-            return float(group["scale"])
         key = _, m, n = self._matched_key(selected)
         if key not in self._matched:
-            like = torch.empty(0, dtype=W.dtype, device="cpu" if W.is_meta else W.device)
+            like = torch.empty(0, dtype=torch.float32, device="cpu" if W.is_meta else W.device)
             *shape, rank = trial_shape(m, n, group["rank"])
             A = draw_a(tuple(shape), rank, init=self.init, generator=draw_generator(0, "", 0), like=like)
             self._matched[key] = matched_scale(self._base, self._options, number, A, num_rows=shape[0])
@@ -167,22 +170,20 @@ class FactoredOptimizer(Optimizer):
                     "fixed when a group is made; take it out, or construct a new optimizer with it"
                 )
 
-    def _check_scales(self, saved: dict[str, float], groups: list[Group]) -> None:
-        """Refuse matched scales in a saved state that are not those which this optimizer finds.
+    def _adopt_scales(self, saved: dict[str, float], groups: list[Group]) -> None:
+        """Take the scales of weights in saved groups that are matched, to the last digit.
 
         Raises:
-            ValueError: names the first weight of which that is so.
+            ValueError: where this optimizer's are matched too, and it finds others; names the first such weight.
         """
+        scales = {}
         for selected in self._selected():
-            is_matched = MATCHED == selected.group["scale"] == groups[selected.number]["scale"]
-            if is_matched and selected.slot.name in saved:
-                check_scale(selected.slot.name, saved[selected.slot.name], self._scale(selected))
-
-    def _adopt_scales(self, saved: dict[str, float]) -> None:
-        """Take scales from a saved state, for its groups that are matched: to the last digit."""
-        for selected in self._selected():
-            if selected.slot.name in saved:
-                self._matched[self._matched_key(selected)] = saved[selected.slot.name]
+            name, number = selected.slot.name, selected.number
+            if groups[number]["scale"] == MATCHED and name in saved:
+                if self._options[number]["scale"] == MATCHED:
+                    check_scale(name, saved[name], self._matched_scale(selected))
+                scales[self._matched_key(selected)] = float(saved[name])
+        self._matched.update(scales)
 
     def _low_rank_weights(self, groups: Iterable[Group] | None = None) -> Iterator[LowRankState]:
         """Yield the selected weights, of all groups or of these, that have factors."""

@@ -118,7 +118,8 @@ def template(base: Base, groups: list[Group], names: list[list[str]]) -> Optimiz
 def _check_is_plain(optimizer: Optimizer) -> None:
     """Refuse a base of which something would be lost: state that is no parameter's, hooks, a `step` of its own."""
     name = type(optimizer).__name__
-    shared = sorted(_OWN & optimizer.defaults.keys())
+    added = {key for group in optimizer.param_groups for key in group} - {"rank"}
+    shared = sorted(_OWN & (optimizer.defaults.keys() | added))
     if shared:
         raise ValueError(
             f"{name} keeps {', '.join(shared)} in its groups, where {'they are' if shared[1:] else 'that is'} "
@@ -241,7 +242,7 @@ class Inner:
         state.update(_of_no_parameter(self._optimizer.state))
         for group, own, rate in zip(groups, self._optimizer.param_groups, self._rates, strict=True):
             group.update({key: value for key, value in own.items() if key not in ("params", "lr", *_OWN)})
-            if isinstance(rate, float) and own["lr"] != rate != 0:  # the base lowers its rate by itself
+            if isinstance(rate, float) and 0 <= own["lr"] < rate:  # the base lowers its rate by itself
                 group["lr"] *= own["lr"] / rate
         self._has_adopted = True
 

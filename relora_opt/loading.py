@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .factors import factor_dtype, matrix_shape
 from .groups import Selected
 from .sharding import is_sharded
-from .state import CLOCK, DTYPES, FORMAT, NAMES, READABLE, Entry, is_low_rank
+from .state import CLOCK, FORMAT, NAMES, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
 
@@ -79,7 +79,8 @@ def check_scales(scales: dict[str, Any]) -> None:
         ValueError: names the first weight whose scale is none.
     """
     for name, scale in scales.items():
-        if not (isinstance(scale, float) and 0 < scale < inf):
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not (is_number and 0 < scale < inf):
             raise ValueError(f"the scale of {name} is {scale!r}: it must be a positive number, as it was saved")
 
 
@@ -142,30 +143,20 @@ def with_empty_states(saved: StateDict, weights: Iterable[Selected], names: Coll
     return {**saved, "state": state}
 
 
-def saved_dtypes(saved: StateDict) -> dict[int, torch.dtype]:
-    """Return the dtypes that the parameters of a saved state had, by their indices; none where it has no record."""
-    return {index: _dtype(name) for index, name in enumerate(saved.get(DTYPES, ()))}
+def loaded(saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool) -> Entry:
+    """Return a parameter's state with the saved values and dtypes; live factors stay the same objects.
 
-
-def loaded(
-    saved: Entry, live: Entry | None, W: Tensor, *, moves_counters: bool, was: torch.dtype | None = None
-) -> Entry:
-    """Return a parameter's state with the saved values; live factors stay the same objects.
-
-    Every dtype is kept (torch casts all numbers to the parameter's), but where the parameter has another one than it
-    had, what followed it follows. "step" stays where it was saved, as torch keeps it, unless the base wants it on the
-    device (fused and capturable ones do).
-
-    Args:
-        was: the dtype of the parameter when its state was saved, where that is known.
+    Factors have the dtype that those of W have now, and a float32 master goes where W itself has as many bits. "step"
+    stays where it was saved, as torch keeps it, unless the base wants it on the device (fused and capturable ones do).
     """
     entry: Entry = _to_device(saved, W.device, moves_counters)
     if not is_low_rank(saved):
-        return entry if was in (None, W.dtype) else _cast(entry, was, W.dtype)
-    if saved["A"].dtype != factor_dtype(W.dtype):
-        entry = _cast(entry, saved["A"].dtype, factor_dtype(W.dtype))
+        return entry
+    if factor_dtype(W.dtype) == W.dtype:
+        entry.pop("master", None)
     for key in ("A", "B"):
-        if is_low_rank(live) and live[key].shape == saved[key].shape and live[key].dtype == entry[key].dtype:
+        entry[key] = entry[key].to(factor_dtype(W.dtype))
+        if is_low_rank(live) and (live[key].shape, live[key].dtype) == (entry[key].shape, entry[key].dtype):
             live[key].data.copy_(entry[key])
             entry[key] = live[key]
         else:
@@ -193,9 +184,6 @@ def _check_form(saved: Any) -> None:
     if not isinstance(theirs, (dict, list)):  # states of old have no scales
         raise TypeError(f"state_dict's {NAMES} is a {type(theirs).__name__}: {must}")
     check_scales(saved_scales(saved))
-    dtypes = saved.get(DTYPES, [])
-    if not (isinstance(dtypes, list) and all(isinstance(_dtype(name), torch.dtype) for name in dtypes)):
-        raise TypeError(f"state_dict's {DTYPES} is {dtypes!r}: {must}")
     groups = saved["param_groups"]
     wrong = [group for group in groups if not isinstance(group, dict)] if isinstance(groups, list) else [groups]
     if wrong:
@@ -233,20 +221,6 @@ def _check_entry(entry: Entry, W: Tensor, rank: int) -> None:
             f"the saved A is {tuple(A.shape)} and B {tuple(B.shape)}, which does not fit a weight of shape "
             f"{tuple(W.shape)} at rank {rank}: load the state of the same model"
         )
-
-
-def _dtype(name: object) -> Any:
-    return getattr(torch, name, None) if isinstance(name, str) else None
-
-
-def _cast(value: Any, was: torch.dtype, dtype: torch.dtype) -> Any:
-    """Return a nested state whose tensors of one dtype have another; numbers without dimensions are left alone."""
-    if isinstance(value, dict):
-        return {name: _cast(item, was, dtype) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_cast(item, was, dtype) for item in value]
-    is_plain = isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__")
-    return value.to(dtype) if is_plain and value.dim() and value.dtype == was else value
 
 
 def _to_device(value: Any, device: torch.device, moves_counters: bool, key: str = "") -> Any:

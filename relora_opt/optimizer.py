@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
+from .casting import StateDtypes
 from .factored import FactoredOptimizer
 from .factors import INITS, movements, product_norm
 from .groups import (
@@ -48,7 +49,6 @@ from .loading import (
     check_names,
     check_scales,
     loaded,
-    saved_dtypes,
     saved_scales,
     with_empty_states,
 )
@@ -57,7 +57,6 @@ from .schedule import JaggedSchedule
 from .select import Targets
 from .state import (
     CLOCK,
-    DTYPES,
     FORMAT,
     NAMES,
     Before,
@@ -257,8 +256,8 @@ class ReLoRAOptimizer(FactoredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`.
 
-        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, and
-        "dtypes" those of all parameters, for who loads it.
+        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, for who
+        loads it.
         """
         self._restore_models()
         self._check_groups()
@@ -270,7 +269,6 @@ class ReLoRAOptimizer(FactoredOptimizer):
                 del self.state[W]
         entries = packed["state"].items()
         packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
-        packed[DTYPES] = [str(p.dtype).removeprefix("torch.") for p in self.parameters()]
         scales = {selected.slot.name: self._scale(selected) for selected in self._selected()}
         return {**packed, NAMES: scales} if scales else packed
 
@@ -292,8 +290,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
         check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
-        scales = saved_scales(state_dict)
-        self._check_scales(scales, state_dict["param_groups"])
+        self._adopt_scales(saved_scales(state_dict), state_dict["param_groups"])
         if self._drafts:
             self._make_entries()
         live = dict(self.state)
@@ -305,20 +302,20 @@ class ReLoRAOptimizer(FactoredOptimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
         # torch has cast every floating tensor to its parameter's dtype: here the saved ones take their places.
-        dtypes = saved_dtypes(state_dict)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        dtypes = StateDtypes(self._base, self._options)
+        for number, (group, saved_group) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             for W, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index)
                 if saved is not None:
                     on_device = bool(group.get("fused") or group.get("capturable"))
-                    self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device, was=dtypes.get(index))
+                    entry = loaded(saved, live.get(W), W, moves_counters=on_device)
+                    self.state[W] = dtypes.cast_entry(entry, number, W)
         for group in self.param_groups:
             group.setdefault("pointing", 0)  # of a state saved before there was pointing
             if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
                 group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
             group["relora_format"] = FORMAT
         self._fix_scales()
-        self._adopt_scales(scales)
         for factor in self._all_factors():
             factor.grad = None  # as at a restart: it belongs to the A before
         for W, *_ in self._selected():
@@ -433,8 +430,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
         if unknown:
             raise ValueError(f"fresh, scales: {unknown} are no low-rank weights of this optimizer: construct it alike")
         check_scales(scales)
-        self._check_scales(scales, self.param_groups)
-        self._adopt_scales(scales)
+        self._adopt_scales(scales, self.param_groups)
         for group in self.param_groups:
             group.update(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
         self._fresh = fresh

@@ -23,6 +23,7 @@ from . import prune
 from .factors import draw_generator, factor_dtype, matrix_shape
 from .groups import Selected
 from .inner import Base, Group, State, step
+from .state import OPTIONS
 
 _TRIALS = 8  # steps: some bases begin to adapt after a few
 
@@ -116,7 +117,7 @@ class Counters:
         after, idle, other_idle = map(_numbers, (*optimizer.param_groups, other.param_groups[1]))
         followed = _changed(idle, other_idle)
         self.shared = followed | {str(key) for key in optimizer.state if not isinstance(key, Tensor)}
-        self._names = _changed(self._fresh, after) - followed
+        self._names = _changed(self._fresh, after) - followed - {*OPTIONS}
 
     def reset_(self, group: Group) -> None:
         """Give a group the numbers of a fresh base's, in place."""

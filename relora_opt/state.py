@@ -5,7 +5,6 @@
     every group                     rank, scale, factor_lr, pointing, num_updates, num_restarts, last_restart,
                                     relora_format
 low_rank                            the names of the low-rank weights with their scales s, in `state_dict()` alone
-dtypes                              of the parameters, by name, in their order, there too
 
 Only tensors, numbers and dictionaries of them, so `torch.load(weights_only=True)` and torch.distributed.checkpoint read
 it. "master" is the float32 value of a 16-bit weight, to which updates too small for 16 bits add up.
@@ -29,7 +28,6 @@ Entry = dict[str, Any]
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no "pointing" in its groups: no A was pointed by gradients
 NAMES = "low_rank"
-DTYPES = "dtypes"
 CLOCK = ("num_updates", "num_restarts", "last_restart")
 OPTIONS = ("rank", "scale", "factor_lr", "pointing", *CLOCK, "relora_format")  # of every group, beside the base's
 

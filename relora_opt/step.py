@@ -298,16 +298,20 @@ def _start_alike_(optimizer: ReLoRAOptimizer, model: nn.Module, factors: Iterabl
     """
     masters = (optimizer.state.get(p, {}).get("master") for p in model.parameters())
     tensors = [*model.parameters(), *model.buffers(), *factors, *(master for master in masters if master is not None)]
-    own = optimizer.clock, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    clock = optimizer.clock
+    scales = clock.pop("scales")  # which are found by trial: processors may round the last digit otherwise
+    own = clock, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     held: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(held, (optimizer.seed, own), group=group)
-    others = [rank for rank, (_, form) in enumerate(held) if form != held[0][1]]
+    dist.all_gather_object(held, (optimizer.seed, own, scales), group=group)
+    others = [rank for rank, (_, form, _) in enumerate(held) if form != held[0][1]]
     if others:
         raise ValueError(
             f"process_group: rank {others[0]} of it has another model or clock than rank 0 (shapes, dtypes, updates): "
             "build the same in every process, and load the same state"
         )
     optimizer.seed = held[0][0]
+    optimizer._adopt_scales(held[0][2], optimizer.param_groups)
+    optimizer._changed()
     for tensor in tensors:
         broadcast_(tensor, group)
 

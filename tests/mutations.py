@@ -227,9 +227,9 @@ MUTATIONS = (
     ),
     Mutation(
         "find a matched scale anew at a load",
-        "optimizer.py",
-        "        self._fix_scales()\n        self._adopt_scales(scales)\n",
-        "        self._fix_scales()\n",
+        "factored.py",
+        "        self._matched.update(scales)\n",
+        "",
         ("test_matched_scale.py", "loaded_to_the_last_digit"),
     ),
     Mutation(
@@ -299,7 +299,7 @@ MUTATIONS = (
     Mutation(
         "let loading cast factors to the weight's dtype",
         "optimizer.py",
-        "self.state[W] = loaded(saved, live.get(W), W, moves_counters=on_device, was=dtypes.get(index))",
+        "self.state[W] = dtypes.cast_entry(entry, number, W)",
         "pass",
         ("test_laws_resume.py", "continuing_from_a_file and dense and bfloat16 and SGD"),
     ),

@@ -463,12 +463,6 @@ MISTAKES = {
         "the scale of first.weight is 0.0",
         "must be a positive number, as it was saved",
     ),
-    "dtypes that are none": Mistake(
-        lambda: relora(mlp()).load_state_dict({**used().state_dict(), "dtypes": ["float33"]}),
-        TypeError,
-        "dtypes is ['float33']",
-        "must be what optimizer.state_dict() gave",
-    ),
     "another weight's state": Mistake(
         lambda: relora(mlp()).load_state_dict({**used().state_dict(), "low_rank": ["first.weight"]}),
         ValueError,

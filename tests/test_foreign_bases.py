@@ -190,6 +190,16 @@ def test_a_rate_that_is_a_tensor_is_each_groups_own() -> None:
     )
 
 
+def test_a_base_that_puts_an_option_by_a_name_of_ours_into_its_groups_is_refused() -> None:
+    class Adds(SGD):
+        def __init__(self, params: Iterable[Any], **options: Any) -> None:
+            super().__init__(params, **options)
+            self.param_groups[0]["scale"] = 0.7
+
+    with pytest.raises(ValueError, match="Adds keeps scale in its groups, where that is ReLoRAOptimizer's own"):
+        ReLoRAOptimizer(mlp(), Adds, rank=2, alpha=2, lr=0.1)
+
+
 @pytest.mark.parametrize("name", ["scale", "rank", "factor_lr", "num_updates"])
 def test_a_base_that_keeps_an_option_by_a_name_of_ours_is_refused(name: str) -> None:
     class Scaled(Plain):
@@ -235,3 +245,22 @@ def test_a_rate_that_the_base_lowers_stays_lowered() -> None:
     train(plain_model, alone, range(3))
     for p, q in zip(model.parameters(), plain_model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+class SetsItsRate(SGD):
+    """Sets the rate in its groups by a schedule of its own, whatever it was told."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["lr"] = 0.1
+
+
+def test_a_ramp_is_not_undone_by_a_base_that_sets_its_rate() -> None:
+    model = mlp(torch.float64)
+    optimizer = ReLoRAOptimizer(model, SetsItsRate, rank=2, alpha=2, lr=0.1, schedule=JaggedSchedule(4, 3))
+    rates = []
+    for update in range(7):
+        train(model, optimizer, [update])
+        rates.append(optimizer.last_lr()[0])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.1 / 3, 0.2 / 3, 0.1])

@@ -32,10 +32,12 @@ ROOMS: dict[str, set[str]] = {
     "phantom": {"groups", "release", "sharding", "state"},
     "pointing": {"release", "sharding", "state"},
     "bases": {"inner"},
-    "restart": {"factors", "groups", "inner", "prune"},
+    "restart": {"factors", "groups", "inner", "prune", "state"},
     "loading": {"factors", "groups", "sharding", "state"},
     "factored": {"factors", "groups", "inner", "matched", "schedule", "state"},
+    "casting": {"inner", "sharding", "state"},
     "optimizer": {
+        "casting",
         "factored",
         "factors",
         "schedule",

@@ -296,6 +296,15 @@ def test_a_matched_scale_is_loaded_to_the_last_digit() -> None:
     assert theirs.state_dict()["low_rank"] == rounded
 
 
+def test_a_scale_that_was_given_does_not_pass_for_a_matched_one() -> None:
+    (_, given), (_, theirs), (X, live) = matched(AdamW, alpha=3.0), matched(AdamW), matched(AdamW)
+    own, state = live.scale(X), theirs.state_dict()
+    live.load_state_dict(given.state_dict())
+    assert live.scale(X) == 3.0 / R
+    live.load_state_dict({**state, "low_rank": list(state["low_rank"])})
+    assert live.scale(X) == own
+
+
 OTHERS: dict[str, tuple[Any, Any]] = {  # a base with its options, and one like it whose matched scale is another
     "init": ((AdamW, {}), (AdamW, {"init": "kaiming"})),
     "an option of the base": ((Muon, {}), (Muon, {"adjust_lr_fn": "match_rms_adamw"})),

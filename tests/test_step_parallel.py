@@ -75,7 +75,10 @@ def skips_a_jump_together(rank: int, group: dist.ProcessGroup, settings: dict[st
 
 
 def starts_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) -> Any:
-    """Weights, a buffer, 16-bit masters, factors and seeds are of each process's own; a weight is not contiguous."""
+    """Weights, a buffer, 16-bit masters, factors and seeds are of each process's own; a weight is not contiguous.
+
+    So are matched scales, in their last digit, as on two kinds of processors.
+    """
     dtype = settings["dtype"]
     torch.manual_seed(rank)
     model = mlp(dtype, seed=rank)
@@ -83,6 +86,7 @@ def starts_apart(rank: int, group: dist.ProcessGroup, settings: dict[str, Any]) 
     model.register_buffer("shift", torch.full((3,), rank == 1))
     schedule = JaggedSchedule(2, restart_warmup=1, warm_start=2)
     optimizer = ReLoRAOptimizer(model, torch.optim.SGD, rank=2, lr=0.01, schedule=schedule, seed=rank)
+    optimizer._matched = {key: scale * (1 + 1e-3 * rank) for key, scale in optimizer._matched.items()}
     alone = optimizer.functional(model)
     for index in range(settings["alone"]):
         loss_fn(alone, *batch(rank + index, dtype)).backward()
