@@ -22,7 +22,8 @@ def _option(help: str, *, panel: str) -> Any:
 
 _DATA, _MODEL, _LENGTH, _RATES = "Data", "Model", "Length and batch", "Base optimizer and rates"
 _LOW_RANK, _MACHINE, _RUN = "Low rank", "Machine", "Run"
-CYCLE, FEWEST_CYCLES = 500, 3  # what is shorter gains nothing by a restart: bench/README.md
+# What is shorter gains nothing by a restart, or loses: bench/README.md. A cycle is in updates for each rank.
+CYCLE, FEWEST_CYCLES = 62.5, 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Config:
     init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
     warm_start: int = _option("Full-rank updates before the first cycle. (default: 0)", panel=_LOW_RANK)
     restart_every: int = _option(
-        f"Updates in a cycle; 0 is plain LoRA. (default: {CYCLE} or a few more in runs of {FEWEST_CYCLES * CYCLE} "
-        "and more, else 0)",
+        f"Updates in a cycle; 0 is plain LoRA. (default: {CYCLE:g} times the rank or a few more, where the run has "
+        f"{FEWEST_CYCLES} such cycles, else 0)",
         panel=_LOW_RANK,
     )
     restart_warmup: int = _option(

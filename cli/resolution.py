@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from .config import CYCLE, DEFAULT_PRESET, FEWEST_CYCLES, FIELDS, PRESETS, Confi
 from .errors import UserError
 from .limits import check, check_kept
 
-_LAST_CYCLE = 450  # updates that the end of a run leaves the last cycle at least
+_LAST_CYCLE = 0.9  # of a cycle: what the end of a run leaves the last one at least
 _GENERAL: Options = {
     "data": (),
     "allow_lossy": False,
@@ -115,7 +116,7 @@ def _follow(filled: Options, given: Options) -> Options:
 
     default("warmup", steps // 20)
     default("warm_start", 0)
-    default("restart_every", _restart_every(steps - filled["warm_start"]))
+    default("restart_every", _restart_every(steps - filled["warm_start"], filled["rank"]))
     default("restart_warmup", filled["restart_every"] // 20)
     default("eval_every", max(1, steps // 10))
     default("save_every", min(max(1, steps // 5), max(1, filled["keep_every"] or steps)))  # what is kept is saved
@@ -125,14 +126,15 @@ def _follow(filled: Options, given: Options) -> Options:
     return filled
 
 
-def _restart_every(updates: int) -> int:
+def _restart_every(updates: int, rank: int) -> int:
     """Return the shortest cycle whose restarts pay in so many low-rank updates; 0 where none does.
 
-    Cycles are as equal as may be: the end of the run cuts the last one short, but leaves it `_LAST_CYCLE` updates.
+    Cycles are as equal as may be: the end of the run cuts the last one short, but leaves it `_LAST_CYCLE`.
     """
-    for cycles in range(updates // CYCLE, FEWEST_CYCLES - 1, -1):
+    shortest = math.ceil(CYCLE * rank)
+    for cycles in range(updates // max(1, shortest), FEWEST_CYCLES - 1, -1):
         length = updates // cycles + 1  # so that none ends at the end
-        if updates - (cycles - 1) * length >= _LAST_CYCLE:
+        if updates - (cycles - 1) * length >= _LAST_CYCLE * shortest:
             return length
     return 0
 

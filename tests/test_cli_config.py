@@ -36,26 +36,37 @@ def test_lengths_that_are_not_set_are_shares_of_the_run(steps: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 10**6) | st.integers(1480, 2020), st.none() | st.integers(0, 400))
+@given(st.integers(1, 10**6) | st.integers(1480, 2020), st.none() | st.integers(0, 400), st.sampled_from([8, 16, 64]))
 def test_restarts_come_by_themselves_where_a_run_is_long_enough_for_them_to_pay(
-    steps: int, warm_start: int | None
+    steps: int, warm_start: int | None, rank: int
 ) -> None:
-    config = resolve({"steps": steps, "warm_start": min(warm_start, steps - 1) if warm_start is not None else None})
-    low_rank, every = steps - config.warm_start, config.restart_every
-    if low_rank < 1500:
+    warm_start = min(warm_start, steps - 1) if warm_start is not None else None
+    config = resolve({"steps": steps, "warm_start": warm_start, "rank": rank})
+    low_rank, every, shortest = steps - config.warm_start, config.restart_every, 500 * rank // 8
+    if low_rank < 3 * shortest:
         assert (every, config.restart_warmup) == (0, 0)
         return
     restarts = range(every, low_rank + 1, every)
-    assert 500 < every < 700
-    assert low_rank - restarts[-1] >= 450  # bench/README.md: it takes about as long for a restart to pay
+    assert shortest < every < 1.4 * shortest
+    assert low_rank - restarts[-1] >= 0.9 * shortest  # bench/README.md: it takes about as long for a restart to pay
     assert config.restart_warmup == every // 20
 
 
 @pytest.mark.parametrize(
-    ("steps", "every"), [(600, 0), (1499, 0), (1500, 501), (2000, 501), (8000, 501), (20_000, 501)]
+    ("rank", "steps", "every"),
+    [
+        (8, 1499, 0),
+        (8, 1500, 501),
+        (8, 20_000, 501),
+        (64, 600, 0),
+        (64, 11_999, 0),
+        (64, 12_000, 4001),
+        (5, 938, 0),
+        (5, 939, 314),
+    ],
 )
-def test_a_cycle_is_500_updates_or_a_few_more(steps: int, every: int) -> None:
-    assert resolve({"steps": steps}).restart_every == every
+def test_a_cycle_is_62_5_updates_for_each_rank_or_a_few_more(rank: int, steps: int, every: int) -> None:
+    assert resolve({"rank": rank, "steps": steps}).restart_every == every
 
 
 @pytest.mark.parametrize("steps", [20, 600, 8000])

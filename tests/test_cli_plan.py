@@ -16,12 +16,12 @@ from relora_opt_cli.resolution import resolve
             "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.008 for what is no target (--",
         ),
         (
-            {"steps": 2000},
-            "2,000 updates at rank 64, no warm start, a restart every 501: 3, at a rate of 0.001, 0.008 for ",
+            {"steps": 2000, "rank": 8},
+            "2,000 updates at rank 8, no warm start, a restart every 501: 3, at a rate of 0.001, 0.008 for ",
         ),
         (
             {"preset": "60m"},
-            "20,000 updates at rank 128, no warm start, a restart every 501: 39, at a rate of 0.001, 0.001 for ",
+            "20,000 updates at rank 128, no warm start, no restart, at a rate of 0.001, 0.001 for ",
         ),
         (
             {"warm_start": 30, "restart_every": 143},
@@ -42,7 +42,7 @@ def test_the_plan_is_a_line_with_every_length_that_was_derived(options: dict[str
 @pytest.mark.parametrize("warm_start", [0, 7])
 @pytest.mark.parametrize("restart_every", [None, 0, 10, 12, 600])
 def test_the_plan_counts_the_restarts_that_the_schedule_makes(warm_start: int, restart_every: int | None) -> None:
-    config = resolve({"steps": 1607, "warm_start": warm_start, "restart_every": restart_every})
+    config = resolve({"steps": 1607, "warm_start": warm_start, "restart_every": restart_every, "rank": 8})
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
     words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else "no restart, at"
     assert words in describe_plan(config)
