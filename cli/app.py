@@ -133,15 +133,13 @@ def tokenize(
     from .corpus import tokenize as tokenize_to
     from .origin import check_vocabulary
     from .pace import Pace
+    from .plan import describe_texts
 
     if tokenizer is not None:
         check_vocabulary(vocab_size, Path(tokenizer))
 
     corpus = tokenize_to(config.data, Settings.of(config), out, pace=Pace(Console()))
-    typer.echo(
-        f"{len(corpus.train):,} tokens of {corpus.num_train_documents:,} documents for training, "
-        f"{len(corpus.val):,} of {corpus.num_val_documents:,} held out; next: relora-opt pretrain --data {quoted(out)}"
-    )
+    typer.echo(f"{describe_texts(corpus)}; next: relora-opt pretrain --data {quoted(out)}")
 
 
 tokenizer_app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)

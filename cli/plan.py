@@ -1,26 +1,39 @@
-"""What a run is going to do, in a line: its lengths, most of which follow from others, before they take their time."""
+"""What a run is going to do, before it takes its time: a line of what it reads, and one of its lengths, most of which
+follow from others.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from .config import Config
+from .corpus import Corpus
+from .counted import counted
 from .resolution import resolve
 
 _LOW_RANK = ("alpha", "factor_lr", "init", "warm_start", "restart_every", "restart_warmup", "prune")  # targets have lr
+
+
+def describe_texts(corpus: Corpus) -> str:
+    """Say how many documents are for training and how many are held out, and of how many tokens."""
+    held_out = counted(corpus.num_val_documents, "document")
+    return (
+        f"{counted(len(corpus.train), 'token')} of {counted(corpus.num_train_documents, 'document')} for training, "
+        f"{len(corpus.val):,} of {held_out} held out"
+    )
 
 
 def describe_plan(config: Config) -> str:
     """Say how many updates a run makes, at which rank and rates, and when it switches and restarts."""
     rates = f"at a rate of {config.lr:g}, {config.rest_lr:g} for what is no target"
     if config.rank == 0:
-        return f"{config.steps:,} updates at full rank, {rates} (--rank, --lr and --rest-lr say otherwise)"
+        return f"{counted(config.steps, 'update')} at full rank, {rates} (--rank, --lr and --rest-lr say otherwise)"
     first, every = config.warm_start + config.restart_every, config.restart_every
     num_restarts = len(range(first, config.steps + 1, every)) if every else 0
     warm_start = f"{config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
     restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else "no restart"
     return (
-        f"{config.steps:,} updates at rank {config.rank}, {warm_start}, {restarts}, {rates} "
+        f"{counted(config.steps, 'update')} at rank {config.rank}, {warm_start}, {restarts}, {rates} "
         "(--rank, --warm-start, --restart-every, --lr and --rest-lr say otherwise)"
     )
 

@@ -44,6 +44,7 @@ from .output import quoted
 from .pace import Pace
 from .parallel import World
 from .place import find_trained
+from .plan import describe_texts
 from .progress import Progress
 from .shard import shard
 from .tokens import without_template
@@ -133,7 +134,7 @@ def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weight
     config = replace(own, dtype=dtype, compile=is_compiled)
     if config.compile:
         keep_compiled()
-    say(processes, describe(config))
+    say(processes, f"{describe_texts(corpus)}\n{describe(config)}")
     if _is_sharded(config, processes):
         model = shard(shape, device, processes, compile=bool(config.compile))
     else:

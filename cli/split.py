@@ -1,8 +1,10 @@
 """Which documents are held out, and a census of all documents, which that takes.
 
 A document's side follows from the hash of its contents: it changes neither with the order nor with most additions, and
-identical documents stay together. Where that holds out nothing, or more than half of the text, the one document nearest
-to `val_share` of it is held out; a single document (or copies of one) is cut near its end.
+identical documents stay together. Where that holds out nothing, or more than half of the text, it is either the one
+document nearest to `val_share` of the text, or of the documents that are no longer than that those with the smallest
+hashes, as many as come nearest to it (but to no more than half of them): whichever is nearer. A single document (or
+copies of one) is cut near its end.
 
 Documents come in parts, are read once for the census and again for whatever is done with them, and never held.
 """
@@ -10,8 +12,11 @@ Documents come in parts, are read once for the census and again for whatever is 
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from .errors import UserError
 from .parts import Part
@@ -19,11 +24,13 @@ from .parts import Part
 VAL_SHARE = 0.05
 _SAMPLE = 64  # documents
 _HEAD = 1 << 12  # characters of each
+_LAST = b"\xff" * 33  # above every digest
+_PREFIX = 2  # bytes of a digest, by which lengths are added up: memory is flat
 
 Read = Callable[[], Iterable[Part]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """The rule of one corpus.
 
@@ -31,14 +38,25 @@ class Split:
         val_share: a document is held out where its hash, as a number in [0, 1), is below.
         only: the digest of the one document that is held out instead.
         cut: of that document, where its held-out end begins, in characters: it is the only one there is.
+        below: documents with smaller digests are held out instead.
+        but: digests of those that are not, although they are smaller.
     """
 
     val_share: float
     only: bytes | None = None
     cut: int | None = None
+    below: bytes | None = None
+    but: tuple[bytes, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return what stores and trained tokenizers are found by: what is not used is no part of it."""
+        some = "" if self.below is None else f", below={self.below!r}, but={self.but!r}"
+        return f"Split(val_share={self.val_share!r}, only={self.only!r}, cut={self.cut!r}{some})"
 
     def holds_out(self, digest: bytes) -> bool:
         """Tell from a document's SHA-256 whether it is held out, or, with `cut`, its end."""
+        if self.below is not None:
+            return digest < self.below and digest not in self.but
         return hash_share(digest) < self.val_share if self.only is None else digest == self.only
 
 
@@ -78,7 +96,7 @@ class SplitPart:
 
 
 def take_census(read: Read, *, val_share: float = VAL_SHARE, advance: Callable[[int], None] = lambda _: None) -> Census:
-    """Read all documents once, or twice where their hashes hold out nothing or too much.
+    """Read all documents once, or three times where their hashes hold out nothing or too much.
 
     Args:
         read: gives the documents anew at each call.
@@ -122,7 +140,11 @@ def split_parts(read: Read, census: Census) -> Iterator[SplitPart]:
             whole.update(document.digest())
             document, side, num_copies = hashlib.sha256(), None, num_copies + 1
     if whole.hexdigest() != census.digest:
-        raise UserError("the texts changed while they were read: leave them alone, and run it again")
+        raise _changed()
+
+
+def _changed() -> UserError:
+    return UserError("the texts changed while they were read: leave them alone, and run it again")
 
 
 def _cut(part: Part, start: int, cut: int, *, holds_out: bool) -> Iterator[SplitPart]:
@@ -189,7 +211,7 @@ class _Sample:
 
     def __init__(self) -> None:
         self.texts: dict[bytes, str] = {}
-        self._largest = b"\xff" * 33
+        self._largest = _LAST
 
     def add(self, document: _Document) -> None:
         if document.digest < self._largest:
@@ -207,9 +229,49 @@ def _split(count: _Count, read: Read) -> Split:
         return Split(count.val_share, count.first.digest, length - max(1, round(count.val_share * length)))
     if 0 < count.held_out <= count.characters / 2:
         return Split(count.val_share)
+    return _nearest(count, read)
+
+
+def _nearest(count: _Count, read: Read) -> Split:
+    """Return the split that comes nearest to the share that is wanted, of one document or of some."""
     wanted = count.val_share * count.characters
-    nearest = min(
-        _documents(read(), lambda _: None),
-        key=lambda document: (abs(document.num_characters - wanted), document.digest),
-    )
-    return Split(count.val_share, nearest.digest)
+    by_prefix = array("q", bytes(8 << 8 * _PREFIX))  # characters of the documents that are not too long
+    best, copies = (True, float("inf"), b"", 0), 0
+    for document in _documents(read(), lambda _: None):
+        is_most = document.num_characters > count.characters / 2
+        own = (is_most, abs(document.num_characters - wanted), document.digest, document.num_characters)
+        best, copies = (own, 1) if own < best else (best, copies + (own == best))
+        if document.num_characters <= wanted:
+            by_prefix[_prefix(document.digest)] += document.num_characters
+    if copies == 0:
+        raise _changed()
+    *_, digest, length = best
+    splits = [(copies * length, Split(count.val_share, digest)), *_smallest(count, read, by_prefix, wanted)]
+    return min(splits, key=lambda sized: abs(sized[0] - wanted))[1]
+
+
+def _smallest(count: _Count, read: Read, by_prefix: array[int], wanted: float) -> Iterator[tuple[int, Split]]:
+    """Yield how many characters the smallest hashes hold out, and that split, unless all documents are too long."""
+    limit, before, prefix = min(wanted, sum(by_prefix) / 2), 0, 0
+    if limit == 0:
+        return
+    while before + by_prefix[prefix] < limit:
+        before, prefix = before + by_prefix[prefix], prefix + 1
+    lengths: defaultdict[bytes, int] = defaultdict(int)  # of the documents with the prefix where the limit is reached
+    long = set()
+    for document in _documents(read(), lambda _: None):
+        if document.num_characters > wanted and _prefix(document.digest) <= prefix:
+            long.add(document.digest)
+        elif _prefix(document.digest) == prefix:
+            lengths[document.digest] += document.num_characters
+    digests = sorted(lengths)
+    sizes = accumulate((lengths[digest] for digest in digests), initial=before)
+    ends = zip(sizes, [*digests, prefix.to_bytes(_PREFIX, "big") + _LAST], strict=True)
+    if not digests:
+        raise _changed()
+    size, below = min((end for end in ends if end[0]), key=lambda end: abs(end[0] - limit))
+    yield size, Split(count.val_share, below=below, but=tuple(sorted(digest for digest in long if digest < below)))
+
+
+def _prefix(digest: bytes) -> int:
+    return int.from_bytes(digest[:_PREFIX], "big")

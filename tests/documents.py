@@ -44,9 +44,9 @@ def in_parts(texts: list[str], most: int = 1 << 18) -> list[Part]:
     return [part for text in texts for part in parts([text], most=most)]
 
 
-def split(texts: list[str], *, most: int = 1 << 18) -> tuple[list[str], list[str]]:
+def split(texts: list[str], *, most: int = 1 << 18, share: float = 0.05) -> tuple[list[str], list[str]]:
     """Return the training and the held-out documents."""
-    census = take_census(lambda: in_parts(texts, most))
+    census = take_census(lambda: in_parts(texts, most), val_share=share)
     sides: tuple[list[str], list[str]] = ([], [])
     held = {False: "", True: ""}
     for part in split_parts(lambda: in_parts(texts, most), census):

@@ -1,10 +1,13 @@
 """The line that says what a run is going to do agrees with the schedule that it will have."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import sentences, write
 from relora_opt_cli.build import make_schedule
-from relora_opt_cli.plan import describe_idle, describe_plan
+from relora_opt_cli.corpus import Settings, tokenize
+from relora_opt_cli.plan import describe_idle, describe_plan, describe_texts
 from relora_opt_cli.resolution import resolve
 
 
@@ -32,6 +35,7 @@ from relora_opt_cli.resolution import resolve
             {"rank": 0, "steps": 2000},
             "2,000 updates at full rank, at a rate of 0.001, 0.008 for what is no target (--rank, --lr and ",
         ),
+        ({"rank": 0, "steps": 1}, "1 update at full rank, "),
     ],
     ids=str,
 )
@@ -86,3 +90,14 @@ def test_options_that_were_given_and_cannot_count_are_named(options: dict[str, A
 )
 def test_nothing_is_said_of_what_counts_or_was_not_given(options: dict[str, Any]) -> None:
     assert describe_idle(resolve(options)) is None
+
+
+def test_what_is_read_is_a_line_with_documents_and_tokens_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = [write(tmp_path / "texts" / f"{i}.txt", text) for i, text in enumerate(sentences(2))]
+    corpus = tokenize(texts, Settings(vocab_size=257), tmp_path / "out")
+    sizes = [len(side) for side in (corpus.train, corpus.val)]
+    words = f"{sizes[0]} tokens of 1 document for training, {sizes[1]} of 1 document held out"
+    assert describe_texts(corpus) == words

@@ -1,30 +1,68 @@
 """Every document lands on one side, which depends on its contents alone, however it is cut into parts."""
 
 import random
+from hashlib import sha256
 
 import pytest
 from documents import WORDS, in_parts, sentences, split
 from hypothesis import given
 from hypothesis import strategies as st
+from relora_opt_cli import split as splits
 from relora_opt_cli.errors import UserError
-from relora_opt_cli.split import Census, split_parts, take_census
+from relora_opt_cli.split import Census, Split, hash_share, split_parts, take_census
 
+SHARES = (0.05, 0.3, 0.5)
 documents = st.text(min_size=1, max_size=8).filter(lambda text: not text.isspace())
 
 
-@given(st.lists(documents, min_size=2, max_size=40), st.randoms(), st.integers(1, 9))
+@given(st.lists(documents, min_size=2, max_size=40), st.randoms(), st.integers(1, 9), st.sampled_from(SHARES))
 def test_the_split_keeps_every_document_on_one_side_whatever_the_order(
-    texts: list[str], shuffle: random.Random, most: int
+    texts: list[str], shuffle: random.Random, most: int, share: float
 ) -> None:
-    train, val = split(texts)
+    train, val = split(texts, share=share)
     assert train
     assert val
     if len(set(texts)) > 1:
         assert sorted(train + val) == sorted(texts)
         assert not set(train) & set(val)
-    assert split(texts, most=most) == (train, val)
-    again = split(shuffle.sample(texts, len(texts)))
+    assert split(texts, most=most, share=share) == (train, val)
+    again = split(shuffle.sample(texts, len(texts)), share=share)
     assert (sorted(again[0]), sorted(again[1])) == (sorted(train), sorted(val))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_where_the_hashes_draw_a_document_that_is_most_of_the_text_the_share_of_the_others_is_held_out(
+    prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splits, "_PREFIX", prefix)  # of how many hashes there is a sum is the same to what is found
+    short = [text.ljust(90) for text in sentences(1000, length=3)]
+    long = next(text for text in (str(i) * 54_000 for i in range(10, 99)) if hash_share(_hash(text)) < 0.05)
+    train, val = split([*short, long])
+    assert long in train
+    assert len(val) == round(0.05 * sum(map(len, (*short, long))) / 90)
+    assert val == sorted(val, key=short.index)
+    assert max(map(_hash, val)) < min(_hash(text) for text in train if text != long)
+
+
+def _hash(text: str) -> bytes:
+    return sha256(text.encode()).digest()
+
+
+def test_half_of_many_documents_is_held_out_where_their_hashes_draw_more() -> None:
+    counts = [len(split(texts, share=0.5)[1]) for texts in _thousands()]
+    assert all(440 < count <= 500 for count in counts)
+    assert 500 in counts
+
+
+def _thousands() -> list[list[str]]:
+    """Documents that are equally long, in lists of a thousand; of half of the lists the hashes draw more than half."""
+    return [[f"{number:09}" for number in range(start, start + 1000)] for start in range(0, 6000, 1000)]
+
+
+def test_a_split_by_the_hashes_alone_is_named_as_before_there_was_another() -> None:
+    assert repr(split_of(sentences(500), 0.05)) == "Split(val_share=0.05, only=None, cut=None)"  # names stores
+    some = [repr(split_of(texts, share=0.5)) for texts in _thousands()]
+    assert len(set(some)) == 1 + sum("below=b" in text for text in some) > 1
 
 
 @given(st.lists(documents, min_size=2, max_size=40, unique=True))
@@ -60,6 +98,10 @@ def test_one_document_that_is_most_of_the_text_is_not_held_out() -> None:
     assert huge not in split([huge, "a few more", "words"])[1]
     assert split([huge, "a few more", "words"])[1] == ["a few more"]
     assert large
+
+
+def split_of(texts: list[str], share: float) -> Split:
+    return take_census(lambda: in_parts(texts), val_share=share).split
 
 
 def census(texts: list[str]) -> Census:

@@ -91,8 +91,9 @@ def rows(run: Path) -> list[Row]:
     return [replace(row, tokens_per_second=None) for row in read_metrics(run / "metrics.jsonl")]
 
 
-def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
+def test_a_run_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path)
+    assert " documents for training, " in capsys.readouterr().out.partition("\ncpu: ")[0]
     found = rows(run)
     assert [row.update for row in found] == list(range(STEPS + 1))
     assert [row.phase for row in found] == ["warm_start"] * (CYCLE + 1) + ["low_rank"] * (STEPS - CYCLE)
