@@ -61,8 +61,10 @@ def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> Llama
             f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="
             f"{shape.max_position_embeddings}: shorten it"
         )
-    if config.init_from is None or not shape.ends:
-        return replace(shape, bos_token_id=None, eos_token_id=corpus.eos_id)
+    if config.init_from is None:
+        return replace(shape, bos_token_id=None, eos_token_id=corpus.eos_id, pad_token_id=None)
+    if not shape.ends:
+        return replace(shape, eos_token_id=corpus.eos_id)
     ends = own_ends(corpus.tokenizer, shape.ends)
     if ends and corpus.eos_id not in ends:
         raise UserError(

@@ -1,6 +1,7 @@
 """An export: a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
-config.json, generation_config.json, model.safetensors (or shards), tokenizer.json, tokenizer_config.json
+config.json, generation_config.json, model.safetensors (or shards), tokenizer.json, tokenizer_config.json, and what else
+the model that its run went on from has beside them: see companions.py
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from relora_opt import save_merged
 
 from .checkpoint import latest_checkpoint, load_checkpoint
+from .companions import all_companions
 from .disk import partial_of
 from .errors import UserError
 from .model import Llama, LlamaConfig, load_config
@@ -47,30 +48,36 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> Path:
     tokenizer = load_tokenizer(run / TOKENIZER)
     model = Llama(load_config(run / MODEL_CONFIG))
     load_checkpoint(checkpoint, model)
-    return write_export(model, tokenizer, out, dtype=dtype)
+    return write_export(model, tokenizer, run, out, dtype=dtype)
 
 
-def write_export(model: Llama, tokenizer: Tokenizer, out: Path, *, dtype: str | None = None) -> Path:
+def write_export(model: Llama, tokenizer: Tokenizer, run: Path, out: Path, *, dtype: str | None = None) -> Path:
     """Write a model and its tokenizer to a folder, whole or not at all.
+
+    Args:
+        run: the folder of the model's run, for what lies beside them.
 
     Raises:
         UserError: where the folder holds something already, or cannot be written.
     """
     name = dtype or "float32"
-    return _write(lambda path: save_merged(model, path, DTYPES[name]), model.config, tokenizer, out, name)
+    return _write(lambda path: save_merged(model, path, DTYPES[name]), model.config, tokenizer, run, out, name)
 
 
-def export_checkpoint(checkpoint: Path, shape: LlamaConfig, tokenizer: Tokenizer, out: Path) -> Path:
+def export_checkpoint(checkpoint: Path, shape: LlamaConfig, tokenizer: Tokenizer, run: Path, out: Path) -> Path:
     """Write an export whose weights are a checkpoint's file, without reading it into memory.
+
+    Args:
+        run: as in `write_export`.
 
     Raises:
         UserError: where the folder holds something already, or cannot be written.
     """
-    return _write(partial(shutil.copyfile, checkpoint / WEIGHTS), shape, tokenizer, out, "float32")
+    return _write(partial(shutil.copyfile, checkpoint / WEIGHTS), shape, tokenizer, run, out, "float32")
 
 
 def _write(
-    write_weights: Callable[[Path], object], shape: LlamaConfig, tokenizer: Tokenizer, out: Path, dtype: str
+    write_weights: Callable[[Path], object], shape: LlamaConfig, tokenizer: Tokenizer, run: Path, out: Path, dtype: str
 ) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} is not empty: give a folder that is new or empty")
@@ -78,8 +85,9 @@ def _write(
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        for file, content in _json_files(shape, tokenizer, dtype).items():
-            (place / file).write_text(json.dumps(content, indent=2) + "\n")
+        for name, content in all_companions(run, tokenizer, shape).items():
+            (place / name).write_bytes(content)
+        (place / MODEL_CONFIG).write_text(json.dumps(shape.to_dict(dtype), indent=2) + "\n")
         write_weights(place / WEIGHTS)
         (place / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         os.replace(place, out.absolute())
@@ -88,18 +96,3 @@ def _write(
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return out
-
-
-def _json_files(shape: LlamaConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
-    config = shape.to_dict(dtype)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
-    end = ids.get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
-    special = {} if end is None else {"eos_token": tokenizer.id_to_token(end)}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        **special,
-    }
-    return {MODEL_CONFIG: config, "generation_config.json": ids, "tokenizer_config.json": tokenizer_config}

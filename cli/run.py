@@ -3,6 +3,7 @@
     runs/x/config.toml     every option, resolved
            config.json     the model's shape
            tokenizer.json
+           tokenizer_config.json and what else an export has beside it: see companions.py
            lock            held while a process trains it
            metrics.jsonl   one row an update
            checkpoints/    see checkpoint.py
@@ -27,6 +28,7 @@ from relora_opt import ReLoRAOptimizer
 
 from .build import make_optimizer, model_config, with_vocabulary
 from .checkpoint import checkpoints
+from .companions import TOKENIZER_CONFIG, companions, tokenizer_config
 from .config import FIELDS, Config
 from .config_file import to_toml
 from .corpus import Corpus, Settings, prepare
@@ -167,10 +169,23 @@ def write_folder(run: Run) -> None:
     try:
         write_file(run.folder / MODEL_CONFIG, json.dumps(run.model.config.to_dict(), indent=2).encode() + b"\n")
         write_file(run.folder / TOKENIZER, run.corpus.tokenizer.to_str(pretty=True).encode())
+        for name, content in _companions(run).items():
+            write_file(run.folder / name, content)
         write_config(run)
         run.identity = identity_of(run.folder)
     except OSError as error:
         raise _unwritable(run.folder, error) from error
+
+
+def _companions(run: Run) -> dict[str, bytes]:
+    """Return what exports of the run have beside the tokenizer: that of the model which the run goes on from, if any."""
+    own = {TOKENIZER_CONFIG: tokenizer_config(run.corpus.tokenizer, run.model.config, end=run.corpus.eos_id)}
+    if run.config.init_from is None:
+        return own
+    source = find_trained(Path(run.config.init_from)).shape
+    return own | (
+        companions(source) if (source / TOKENIZER).is_file() else {}
+    )  # of another tokenizer, they are not its
 
 
 def write_config(run: Run) -> None:

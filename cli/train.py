@@ -211,7 +211,7 @@ def _close_on_main(run: Run) -> None:
     run.check_folder()
     shutil.rmtree(folder / "export", ignore_errors=True)  # of a run that was killed right here
     export = export_checkpoint(
-        checkpoint_of(folder, progress.update), run.model.config, run.corpus.tokenizer, folder / "export"
+        checkpoint_of(folder, progress.update), run.model.config, run.corpus.tokenizer, folder, folder / "export"
     )
     curves = plot_runs([folder], None)
     run.progress = replace(run.progress, is_finished=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from folders import CONFIG, write_export
 from relora_opt_cli import run as rooms
 from relora_opt_cli.checkpoint import checkpoints
@@ -17,6 +18,7 @@ from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.corpus import Settings, tokenize
 from relora_opt_cli.errors import UserError
+from relora_opt_cli.export import export_run
 from relora_opt_cli.origin import agreed
 from relora_opt_cli.parallel import World
 from relora_opt_cli.resolution import resolve
@@ -151,9 +153,9 @@ def test_a_run_or_a_checkpoint_of_it_is_gone_on_from(tmp_path: Path) -> None:
         new_run(resolve(options(tmp_path, model=None, init_from=str(earlier), out=str(tmp_path / "third"))), World())
 
 
-def two_ends(folder: Path) -> Path:
+def two_ends(folder: Path, ends: int | tuple[int, ...] = 257) -> Path:
     """Write a model that ends its texts with "</s>", and whose tokenizer has "<|endoftext|>" as well."""
-    write_export(folder, replace(CONFIG, vocab_size=258, eos_token_id=257, max_position_embeddings=16))
+    write_export(folder, replace(CONFIG, vocab_size=258, eos_token_id=ends, max_position_embeddings=16))
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -219,3 +221,63 @@ def test_a_run_in_the_folder_of_its_texts_is_refused(tmp_path: Path, out: str) -
         given = resolve(options(tmp_path, data=[str(data)], out=str(texts / out)))
         with pytest.raises(UserError, match=r"out='.*' lies in data='.*', so that what the run writes would be read"):
             new_run(given, World())
+
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+
+
+def chat_model(folder: Path) -> Path:
+    """Write a model as transformers does, whose tokenizer has a chat template, and tokens to begin and to pad with."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["</s>", "<s>", "<pad>"])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+    fast.save_pretrained(folder)
+    ids = {"bos_token_id": 258, "eos_token_id": 257, "pad_token_id": 259}
+    shape = {key: value for key, value in CONFIG.to_dict().items() if not key.endswith("_id")}
+    shape |= {"vocab_size": 260, "max_position_embeddings": 16, **ids}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    return folder
+
+
+def check_chat(export: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+    message = {"role": "user", "content": "hello"}
+    assert tokenizer.apply_chat_template([message], tokenize=False) == "user: hello</s>"
+    model = transformers.AutoModelForCausalLM.from_pretrained(export)
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (258, 257, 259)
+    assert (model.generation_config.temperature, model.generation_config.pad_token_id) == (0.7, 259)
+
+
+def test_what_transformers_knows_of_a_model_is_in_the_exports_of_a_run_that_goes_on_from_it(tmp_path: Path) -> None:
+    model = chat_model(tmp_path / "model")
+    run = train(tmp_path, model=None, vocab_size=None, init_from=str(model))
+    shutil.rmtree(model)
+    check_chat(run / "export")
+    check_chat(export_run(checkpoints(run)[0], tmp_path / "earlier"))
+    check_chat(
+        train(tmp_path, model=None, vocab_size=None, init_from=str(run), out=str(tmp_path / "second")) / "export"
+    )
+    resume_run(run, {"steps": 22})
+    check_chat(run / "export")
+
+
+def test_a_run_that_kept_nothing_of_the_model_is_exported(tmp_path: Path) -> None:
+    run = train(tmp_path, model=None, vocab_size=None, init_from=str(chat_model(tmp_path / "model")))
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (run / name).unlink()
+    export = export_run(run, tmp_path / "again")
+    assert transformers.AutoTokenizer.from_pretrained(export).eos_token == "</s>"
+    assert transformers.AutoModelForCausalLM.from_pretrained(export).generation_config.pad_token_id == 259
+
+
+def test_the_end_in_an_export_is_the_one_that_the_texts_have(tmp_path: Path) -> None:
+    model = two_ends(tmp_path / "model", (257, END))
+    run = train(tmp_path, model=None, vocab_size=None, init_from=str(model))
+    assert transformers.AutoTokenizer.from_pretrained(run / "export").eos_token == "<|endoftext|>"
+    (run / "tokenizer_config.json").unlink()
+    assert transformers.AutoTokenizer.from_pretrained(export_run(run, tmp_path / "again")).eos_token == "<|endoftext|>"

@@ -88,12 +88,12 @@ def test_a_disk_that_runs_full_ends_the_run_with_a_sentence_and_loses_nothing(di
 def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(share: float, disk: Path) -> None:
     """Whichever of its files is the one without room: the tokenizer is the last."""
     free = shutil.disk_usage(disk).free
-    export = write_export(small_model(), byte_tokenizer(), disk / "export")
+    export = write_export(small_model(), byte_tokenizer(), disk, disk / "export")
     taken = free - shutil.disk_usage(disk).free
     shutil.rmtree(export)
     (disk / "filler").write_bytes(bytes(free - int(share * taken)))
     with pytest.raises(UserError, match=r"out='.*export' cannot be written: .*"):
-        write_export(small_model(), byte_tokenizer(), disk / "export")
+        write_export(small_model(), byte_tokenizer(), disk, disk / "export")
     assert [path.name for path in disk.iterdir()] == ["filler"]
 
 

@@ -27,7 +27,7 @@ class LlamaConfig:
     """The shape of a Llama, under Hugging Face's names. Checked at construction: UserError names the field.
 
     `num_key_value_heads` and `head_dim` follow from the other fields when None; `kv_heads` and `head_size` are
-    resolved.
+    resolved. `pad_token_id` is for exports alone: nothing is padded here.
     """
 
     vocab_size: int
@@ -47,6 +47,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "max_position_embeddings", "num_key_value_heads", "head_dim"):
@@ -83,6 +84,9 @@ class LlamaConfig:
                     f"{name}={value!r} must be a whole number below vocab_size={self.vocab_size}: "
                     "use the tokenizer that belongs to this config"
                 )
+
+        if self.pad_token_id is not None and type(self.pad_token_id) is not int:
+            raise UserError(f"pad_token_id={self.pad_token_id!r} must be a whole number: correct the model's config")
 
     @property
     def ends(self) -> tuple[int, ...]:
