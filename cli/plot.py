@@ -18,6 +18,7 @@ from .metrics import Row, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 # Okabe and Ito's palette without its yellow, which is too faint for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -104,6 +105,7 @@ def _curves(rows: list[Row], *, title: str) -> Figure:
     rates.plot(*_series(trained, "lr"), color=COLOURS[2], linewidth=1.4)
     rates.set(xlabel="updates", ylabel="effective learning rate", ylim=(0, None))
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.xaxis.set_major_locator(_whole_updates())
     rates.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (losses, rates):
         style_axes(axes)
@@ -113,6 +115,12 @@ def _curves(rows: list[Row], *, title: str) -> Figure:
     losses.legend(loc="upper right", framealpha=0.95)
     losses.set_title(title, loc="left", fontweight="bold")
     return figure
+
+
+def _whole_updates() -> Locator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
 
 
 def _draw_losses(axes: Axes, rows: list[Row]) -> None:

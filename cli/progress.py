@@ -15,7 +15,7 @@ class Progress:
     Args:
         update: updates applied.
         attempts: batches served, and so the place in the data; more than updates where some were skipped.
-        seconds: time spent training.
+        seconds: time spent in updates.
         val_loss_start: validation loss before training, nats per token.
         val_loss_switch: the same after the warm start; None before it or without one.
         val_loss: the latest; and

@@ -141,8 +141,8 @@ class Summary:
         parameters: parameters of the model.
         optimizer_bytes: bytes of the optimizer's state in the low-rank phase.
         full_rank_bytes: bytes of AdamW's state on the same model at full rank.
-        tokens_per_second: mean over the time spent training.
-        seconds: time from start to end.
+        seconds: time spent in updates; reading, evaluations, checkpoints and the close are left out.
+        tokens_per_second: mean over that time.
         run: the run folder.
         export: the exported model; None where there is none.
         curves: the picture; None where there is none.
@@ -160,8 +160,8 @@ class Summary:
     parameters: int
     optimizer_bytes: int
     full_rank_bytes: int
-    tokens_per_second: float
     seconds: float
+    tokens_per_second: float
     run: Path
     export: Path | None
     curves: Path | None
@@ -205,7 +205,7 @@ def _summary_rows(summary: Summary) -> dict[str, str]:
         "trained on": f"{summary.tokens:,} tokens in {summary.updates:,} updates",
         **({"skipped updates": f"{summary.skips:,}"} if summary.skips else {}),
         "tokens/s": f"{summary.tokens_per_second:,.0f}",
-        "time": _duration(summary.seconds),
+        "time in updates": _duration(summary.seconds),
     }
 
 

@@ -178,7 +178,7 @@ def write_folder(run: Run) -> None:
 
 
 def _companions(run: Run) -> dict[str, bytes]:
-    """Return what exports of the run have beside the tokenizer: that of the model which the run goes on from, if any."""
+    """Return what exports of the run have beside the tokenizer: what the model has that it goes on from, if any."""
     own = {TOKENIZER_CONFIG: tokenizer_config(run.corpus.tokenizer, run.model.config, end=run.corpus.eos_id)}
     if run.config.init_from is None:
         return own

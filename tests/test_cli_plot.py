@@ -53,6 +53,14 @@ def legend_texts(legend: Any) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
+@pytest.mark.parametrize("num_updates", [1, 2, 7, 20, 600])
+def test_ticks_stand_at_updates(num_updates: int, tmp_path: Path, figures: list[Any]) -> None:
+    plot.plot_runs([make_run(tmp_path / "run", num_updates=num_updates)], None)
+    ticks = figures[0].axes[1].get_xticks()
+    assert [float(tick) for tick in ticks] == [round(tick) for tick in ticks]
+    assert sum(0 <= tick <= num_updates for tick in ticks) >= 2
+
+
 def test_one_run_becomes_a_png_of_1200_by_800_in_its_folder(tmp_path: Path) -> None:
     picture = plot.plot_runs([make_run(tmp_path / "run")], None)
     data = picture.read_bytes()

@@ -306,7 +306,7 @@ def test_the_summary_says_every_number_and_keeps_paths_and_command_in_one_piece(
         "optimizer state                9.88 MB (14.1% of full-rank AdamW's 70.1 MB)",
         "trained on                     1,228,800 tokens in 600 updates",
         "tokens/s                       12,346",
-        "time                           1:02:03",
+        "time in updates                1:02:03",
         f"run     {SUMMARY.run}",
         "curves  runs/x/curves.png",
         f"next    {SUMMARY.next_command}",
@@ -334,5 +334,5 @@ def test_times_and_sizes_read_well_at_every_scale(seconds: float, size: int, wor
     print_summary(replace(SUMMARY, seconds=seconds, optimizer_bytes=size), console=console)
     lines = [re.split("  +", line.rstrip()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     table = {line[0]: line[1] for line in lines if len(line) > 1}
-    assert table["time"] == words[0]
+    assert table["time in updates"] == words[0]
     assert table["optimizer state"].startswith(f"{words[1]} (")
