@@ -17,6 +17,7 @@ from .errors import UserError
 from .export import TOKENIZER
 from .output import quoted
 from .place import find_trained
+from .sources import located_sources
 from .store import is_store
 from .tokens import is_same, load_tokenizer, vocabulary_size
 
@@ -24,10 +25,14 @@ _OF_TEXTS = ("text_field", "val_share", "allow_lossy")
 
 
 def located(config: Config) -> Config:
-    """Return the options with the folder of the very weights to go on from, where a run stands for its newest."""
+    """Return the options with texts and weights by names that hold in any current folder.
+
+    Weights to go on from are the very ones, where a run stands for its newest.
+    """
+    config = replace(config, data=located_sources(config.data))
     if config.init_from is None:
         return config
-    return replace(config, init_from=str(find_trained(Path(config.init_from)).weights))
+    return replace(config, init_from=str(find_trained(Path(config.init_from)).weights.absolute()))
 
 
 def tokenizer_file(config: Config) -> Path | None:

@@ -13,6 +13,7 @@ A dataset may lie in a folder of this machine too (./folder:CONFIG:SPLIT). No co
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import logging
 import os
@@ -114,6 +115,11 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     return [source for name in names or [str(_demo_folder())] for source in _find(name)]
 
 
+def located_sources(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names that stand for the same from any current folder; those of datasets on the hub do anyway."""
+    return tuple(map(_located, names))
+
+
 def left_out(names: Sequence[str]) -> Iterator[str]:
     """Yield a line for every folder among the names that holds more than the files that are read."""
     for folder in filter(os.path.isdir, names):
@@ -139,7 +145,7 @@ def _find(name: str) -> list[Source]:
     dataset = _dataset(name)
     if dataset:
         return [dataset]
-    if any(character in name for character in "*?["):
+    if _is_pattern(name):
         return _matches(name)
     raise UserError(
         f"data={name!r} does not exist: give a .txt, .jsonl or .parquet file, a folder, a pattern, or a dataset's "
@@ -156,6 +162,19 @@ def _dataset(name: str) -> NamedDataset | None:
     if choice and (is_on_disk or may_be_named):
         return NamedDataset(place, choice["config"] or None, choice["split"] or "train")
     return None
+
+
+def _located(name: str) -> str:
+    if os.path.exists(name):
+        return str(Path(name).absolute())
+    place, _, choice = name.partition(":")
+    if _dataset(name):
+        return f"{Path(place).absolute()}:{choice}" if os.path.isdir(place) and choice else name
+    return os.path.join(glob.escape(os.getcwd()), name) if _is_pattern(name) else name
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
 
 
 def _ending(path: Path) -> str:

@@ -44,6 +44,7 @@ from .resume import config_at, config_of, cut_metrics, first_update, in_place, m
 from .run import METRICS, Run, check_new, claimed, new_run, on_device, say, write_config, write_folder
 from .saving import save, save_alone, wait, write_progress
 from .signals import Interrupts
+from .sources import located_sources
 
 
 def start_run(config: Config, processes: World | None = None) -> None:
@@ -72,6 +73,8 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
     """
     told = config_of(folder)
     config = in_place(folder, changed(told, options or {}))
+    if "data" in (options or {}):
+        config = replace(config, data=located_sources(config.data))
     check_given_again(options or {}, config)
     if (options or {}).get("device", "auto") == "auto":
         config = replace(config, device=available_device(told.device))

@@ -18,6 +18,7 @@ from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import load_config_file
 from relora_opt_cli.corpus import Settings, tokenize
 from relora_opt_cli.errors import UserError
+from relora_opt_cli.evaluate import evaluate
 from relora_opt_cli.export import export_run
 from relora_opt_cli.origin import agreed
 from relora_opt_cli.parallel import World
@@ -151,6 +152,23 @@ def test_a_run_or_a_checkpoint_of_it_is_gone_on_from(tmp_path: Path) -> None:
     (earlier / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"model\.safetensors"):
         new_run(resolve(options(tmp_path, model=None, init_from=str(earlier), out=str(tmp_path / "third"))), World())
+
+
+def test_a_run_goes_on_and_is_evaluated_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"data": ["texts"], "model": "shape.json", "out": "run"}
+    (tmp_path / "there").mkdir()
+    options(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path, **given)
+    assert load_config_file("run/config.toml")["data"] == [str(tmp_path / "texts")]
+    shutil.copytree("texts", "there/copy")
+    monkeypatch.chdir(tmp_path / "there")
+    resume_run(Path("../run"), {"steps": 22})
+    assert evaluate(Path("../run")).num_documents > 0
+    resume_run(Path("../run"), {"steps": 24, "data": ["copy"]})
+    monkeypatch.chdir(tmp_path)
+    assert load_config_file("run/config.toml")["data"] == [str(tmp_path / "there" / "copy")]
+    assert evaluate(Path("run")).num_documents > 0
 
 
 def two_ends(folder: Path, ends: int | tuple[int, ...] = 257) -> Path:

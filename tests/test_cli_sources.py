@@ -20,7 +20,7 @@ from pyarrow import parquet
 from relora_opt_cli import formats
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.parts import parts
-from relora_opt_cli.sources import find_sources, left_out, read_sources
+from relora_opt_cli.sources import find_sources, left_out, located_sources, read_sources
 
 
 def zst(raw: bytes) -> bytes:
@@ -103,6 +103,33 @@ def test_patterns_stand_for_the_files_that_they_match(tmp_path: Path, offline: N
     write(tmp_path / "c.csv", "x")
     with pytest.raises(UserError, match=r"c\.csv' is neither \.txt nor"):
         read(f"{tmp_path}/c*")
+
+
+def test_what_lies_on_the_disk_is_located_and_stands_for_the_same_from_another_folder(
+    tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "[here]*"
+    for name in ("texts/a.txt", "texts/b/c.txt", "[x].txt"):
+        write(here / name, name)
+    monkeypatch.chdir(here)
+    names = ("texts", "./texts/a.txt", "texts/b/../", "texts/**/*.txt", "texts/[b]/?.txt", "**", "[x].txt")
+    before = [read(name) for name in names]
+    found = located_sources(names)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    assert [read(name) for name in found] == before
+    assert located_sources(found) == found
+
+
+def test_names_of_datasets_on_the_hub_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "folder" / "a.txt", "A")
+    hub = ("imdb", "user/name", "name:config:train[:10%]", "name::test", "missing.txt")
+    assert located_sources(hub) == hub
+    assert located_sources(["./folder:default:train", "folder:default"]) == (
+        f"{tmp_path}/folder:default:train",
+        f"{tmp_path}/folder:default",
+    )
 
 
 @pytest.mark.parametrize("pattern", ["texts", "texts/**/*.txt", "../HERE/texts/**"])
