@@ -1,7 +1,7 @@
 """What `--data` names: files, folders, patterns of files, and datasets for the library `datasets`.
 
     texts/            all files below it of the kinds in formats.py, sorted by path; links are followed, and other kinds
-                      of files left out, of which `left_out` tells
+                      of files and hidden ones left out, of which `left_out` tells
     'texts/*.jsonl'   the files that the pattern matches, sorted; ** stands for folders
     a.parquet         that file
     NAME              the split "train" of a dataset
@@ -30,10 +30,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .counted import counted
 from .errors import UserError
 from .formats import KINDS, check_column, kind_of, read_column, read_file
 from .parts import Part
-from .tree import files_below, files_matching
+from .tree import entries_below, files_below, files_matching, is_hidden
 
 _NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _CHOICE = re.compile(r"(?P<config>(\w[\w.+-]*)?)(:(?P<split>[\w.+:%\[\]-]*))?")
@@ -123,12 +124,18 @@ def located_sources(names: Sequence[str]) -> tuple[str, ...]:
 def left_out(names: Sequence[str]) -> Iterator[str]:
     """Yield a line for every folder among the names that holds more than the files that are read."""
     for folder in filter(os.path.isdir, names):
-        kinds = Counter(_ending(path) for path in files_below(Path(folder)) if not kind_of(path))
-        if kinds:
-            by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-            listed = [f"{count} {kind}" for kind, count in by_count[:_LISTED]]
-            more = ["..."] * (len(kinds) > _LISTED)
-            yield f"data={folder!r}: not read, being of other kinds: {', '.join(listed + more)}"
+        hidden, others = Counter[str](), Counter[str]()
+        for path in entries_below(Path(folder)):
+            if is_hidden(path.name):
+                hidden["hidden folder" if path.is_dir() else "hidden file"] += 1
+            elif not kind_of(path):
+                others[_ending(path)] += 1
+        by_count = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+        listed = [f"{count} {kind}" for kind, count in by_count[:_LISTED]] + ["..."] * (len(others) > _LISTED)
+        kinds = [f"being of other kinds: {', '.join(listed)}"] * bool(others)
+        unseen = [counted(count, kind) for kind, count in sorted(hidden.items())]
+        if kinds or unseen:
+            yield f"data={folder!r}: not read, {' and '.join(kinds + unseen)}"
 
 
 def read_sources(sources: Sequence[Source], text_field: str) -> Iterator[Part]:
@@ -184,7 +191,7 @@ def _ending(path: Path) -> str:
 
 
 def _folder(path: Path) -> list[Source]:
-    files = sorted(file for file in files_below(path) if kind_of(file))
+    files = sorted(files_below(path, kind_of))
     if not files:
         raise UserError(f"data={str(path)!r} is a folder without {', '.join(KINDS)} files: give one that has some")
     return [TextFile(file) for file in files]

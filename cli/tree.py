@@ -1,28 +1,46 @@
 """Trees of folders: the files below one, and those that a pattern matches.
 
 Links are followed. One that leads back to a folder that it lies in is not gone round: its files are there already. What
-cannot be looked into, and a link to nothing, is refused, since nobody knows what would be missing.
+cannot be looked into, and a link to nothing where a file is wanted, is refused, since nobody knows what would be
+missing. What is hidden, by a name that begins with a dot, is neither read nor looked into, unless it is named itself.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the regular files below a folder, in no order.
+def entries_below(folder: Path) -> Iterator[Path]:
+    """Yield all that lies below a folder but folders that are not hidden, in no order; links to nothing too.
 
     Raises:
-        UserError: for a folder that cannot be read, and for a link to nothing.
+        UserError: for a folder that cannot be read.
     """
-    for place, _, names in _walk(str(folder)):
-        yield from (path for path in (Path(place, name) for name in names) if _is_file(path))
+    for place, folders, names in _walk(str(folder)):
+        yield from (Path(place, name) for name in (*names, *filter(is_hidden, folders)))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+
+
+def files_below(folder: Path, is_wanted: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield the regular files below a folder that are wanted and not hidden, in no order.
+
+    Raises:
+        UserError: for a folder that cannot be read, and for a link to nothing whose name is wanted.
+    """
+    for path in entries_below(folder):
+        if not is_hidden(path.name) and is_wanted(path) and _is_file(path):
+            yield path
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder of that name is hidden."""
+    return name.startswith(".")
 
 
 def files_matching(pattern: str) -> set[Path]:
@@ -43,7 +61,7 @@ def _matches(pattern: str) -> Iterator[str]:
         rest = parts[number + 1 :] or ["*"]
         for top in _matches("/".join(parts[:number]) + "/") if number else ["."]:
             for place, folders, _ in _walk(top):
-                folders[:] = [name for name in folders if not name.startswith(".")]
+                folders[:] = [name for name in folders if not is_hidden(name)]
                 yield from _matches("/".join([glob.escape(place.rstrip("/")), *rest]))
         return
     for number in range(1, len(parts)):

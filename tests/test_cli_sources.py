@@ -78,17 +78,36 @@ def test_folders_are_read_recursively_in_the_order_of_paths(tmp_path: Path) -> N
 
 
 def test_files_of_other_kinds_in_a_folder_are_told_of(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.json", "c/d.json", "c/e.tar.gz", "c/.hidden", "f.txt.bz2", "LICENSE"):
+    for name in ("a.txt", "b.json", "c/d.json", "c/e.tar.gz", "f.txt.bz2", "LICENSE"):
         write(tmp_path / "texts" / name, "x")
+    (tmp_path / "texts" / "gone.json").symlink_to("nowhere")
     assert list(left_out([str(tmp_path / "texts"), str(tmp_path / "texts" / "a.txt"), "name:of:dataset"])) == [
-        f"data={str(tmp_path / 'texts')!r}: not read, being of other kinds: 2 .json, 1 .hidden, 1 .tar.gz, 1 .txt.bz2, "
-        "1 LICENSE"
+        f"data={str(tmp_path / 'texts')!r}: not read, being of other kinds: 3 .json, 1 .tar.gz, 1 .txt.bz2, 1 LICENSE"
     ]
     for number in range(9):
         write(tmp_path / "more" / f"a.{number}", "x")
     assert next(left_out([str(tmp_path / "more")])).endswith(", ...")
     write(tmp_path / "whole" / "a.txt", "x")
     assert not list(left_out([str(tmp_path / "whole")]))
+
+
+@pytest.mark.parametrize("name", ["texts", ".texts"])
+def test_what_is_hidden_is_neither_read_nor_looked_into_and_told_of(name: str, tmp_path: Path) -> None:
+    texts = tmp_path / name
+    for path in ("a.txt", "b/c.txt", ".d.txt", "b/.e.jsonl", ".git/f.txt", "b/.ipynb_checkpoints/g/h.txt"):
+        write(texts / path, path)
+    (texts / ".git" / "gone.txt").symlink_to("nowhere")
+    (texts / ".gone.txt").symlink_to("nowhere")
+    assert read(str(texts)) == ["a.txt", "b/c.txt"]
+    assert list(left_out([str(texts)])) == [f"data={str(texts)!r}: not read, 3 hidden files and 2 hidden folders"]
+    write(texts / "n.csv", "x")
+    words = "not read, being of other kinds: 1 .csv and 3 hidden files and 2 hidden folders"
+    assert next(left_out([str(texts)])).endswith(words)
+    (texts / ".git" / "gone.txt").unlink()
+    assert read(str(texts / ".d.txt"), str(texts / ".git")) == [".d.txt", ".git/f.txt"]
+    (texts / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone\.txt' is a link to nothing"):
+        read(str(texts))
 
 
 def test_patterns_stand_for_the_files_that_they_match(tmp_path: Path, offline: None) -> None:
