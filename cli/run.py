@@ -40,7 +40,7 @@ from .identity import identity_of
 from .lock import LOCK, Lock, locked
 from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
-from .model import Llama, LlamaConfig, init_weights, load_weights, weight_files
+from .model import Llama, LlamaConfig, check_finite, init_weights, load_weights, weight_files
 from .origin import agreed, located, tokenizer_file
 from .output import quoted
 from .pace import Pace
@@ -98,6 +98,7 @@ def new_run(config: Config, processes: World) -> Run:
         if config.init_from:
             find_trained(Path(config.init_from)).check()
             load_weights(model, config.init_from)
+            check_finite(model, config.init_from)
             if _is_sharded(config, processes):  # each takes its part of its own files
                 processes.check_alike(
                     [crc32(file) for file in weight_files(config.init_from)],

@@ -26,7 +26,7 @@ from relora_opt_cli.resolution import resolve
 from relora_opt_cli.run import new_run
 from relora_opt_cli.tokens import fit_tokenizer
 from relora_opt_cli.train import resume_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import options, rows, train, write_texts
 from tokenizer import END, byte_tokenizer
 from tokenizers import processors
@@ -169,6 +169,21 @@ def test_a_run_goes_on_and_is_evaluated_from_another_folder(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert load_config_file("run/config.toml")["data"] == [str(tmp_path / "there" / "copy")]
     assert evaluate(Path("run")).num_documents > 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(
+    tmp_path: Path, places: dict[str, str], value: float
+) -> None:
+    file = Path(places["model"]) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, file)
+    with pytest.raises(
+        UserError, match=r"^/.*/model holds nan or infinity in 'model\.norm\.weight': give weights that are"
+    ):
+        begun(tmp_path, init_from=places["model"], data=[places["own"]])
+    assert not (tmp_path / "run").exists()
 
 
 def two_ends(folder: Path, ends: int | tuple[int, ...] = 257) -> Path:

@@ -12,7 +12,7 @@ from .cache import KeyValueCache
 from .network import Llama
 from .rope import LinearRope, Llama3Rope
 from .shape import PRESETS, LlamaConfig, load_config
-from .weights import init_weights, load_weights, weight_files
+from .weights import check_finite, init_weights, load_weights, weight_files
 
 __all__ = [
     "PRESETS",
@@ -21,6 +21,7 @@ __all__ = [
     "Llama",
     "Llama3Rope",
     "LlamaConfig",
+    "check_finite",
     "init_weights",
     "load_config",
     "load_weights",

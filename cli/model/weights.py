@@ -73,6 +73,22 @@ def load_weights(model: Llama, folder: Path | str) -> None:
                 copied.add(id(parameter))
 
 
+@torch.no_grad()
+def check_finite(model: Llama, folder: Path | str) -> None:
+    """Refuse weights that hold nan or infinity: no update would mend them. Of a sharded model, this part is looked at.
+
+    Args:
+        folder: whose weights they are.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not own.isfinite().all():
+            raise UserError(f"{folder} holds nan or infinity in {name!r}: give weights that are finite")
+
+
 def weight_files(folder: Path | str) -> list[Path]:
     """Return model.safetensors of a folder, or the shards of its index.
 
