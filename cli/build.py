@@ -21,6 +21,7 @@ from .errors import UserError
 from .export import MODEL_CONFIG
 from .limits import parse_prune
 from .model import PRESETS, LlamaConfig, load_config
+from .origin import too_many_tokens
 from .place import find_trained
 from .tokens import own_ends
 
@@ -53,9 +54,7 @@ def with_vocabulary(shape: LlamaConfig, corpus: Corpus, config: Config) -> Llama
         longest = max(shape.max_position_embeddings, config.seq_len)
         return replace(shape, vocab_size=size, max_position_embeddings=longest, eos_token_id=corpus.eos_id)
     if shape.vocab_size < size:
-        raise UserError(
-            f"the model has a vocabulary of {shape.vocab_size} and the tokenizer of {size}: they must match"
-        )
+        raise too_many_tokens(size, shape.vocab_size)
     if shape.max_position_embeddings < config.seq_len:
         raise UserError(
             f"seq_len={config.seq_len} is longer than the model's max_position_embeddings="

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from .build import make_schedule
 from .config import FIELDS, Config
+from .counted import counted
 from .errors import UserError
 
 _FREE = (
@@ -51,7 +52,9 @@ def changes(before: Config, after: Config, *, update: int) -> list[str]:
                 "with that, or start a new run"
             )
     if after.steps < update:
-        raise UserError(f"steps={after.steps}, but {after.out} has made {update} updates: give at least as many")
+        raise UserError(
+            f"steps={after.steps}, but {after.out} has made {counted(update, 'update')}: give at least as many"
+        )
     return [_line(name, before, after, update) for name in names]
 
 

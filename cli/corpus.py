@@ -203,6 +203,9 @@ class _Plan:
 
 
 def _plan(sources: Sequence[str], settings: Settings, folder: Path | None, pace: Pace) -> _Plan:
+    for source in sources:
+        if is_store(Path(source)):
+            raise UserError(f"data={source!r} is tokenized already: give texts, or give it to pretrain --data as it is")
     given, end = None, 0
     if settings.tokenizer is not None:
         given = load_tokenizer(settings.tokenizer)

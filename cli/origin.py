@@ -49,13 +49,15 @@ def agreed(config: Config, *, vocab_size: int) -> Config:
         vocab_size: the model's, for which a tokenizer is trained unless the options give a size.
 
     Raises:
-        UserError: for tokenizers that differ, and options that would not count.
+        UserError: for tokenizers that differ or are to be too large, and options that would not count.
     """
     store = _store(config.data)
     _check_ids(config, store)
     _check_apart(config)
     known = store or tokenizer_file(config)
     if known is None:
+        if config.preset is None and config.vocab_size is not None and config.vocab_size > vocab_size:
+            raise too_many_tokens(config.vocab_size, vocab_size)
         config = replace(config, vocab_size=config.vocab_size or vocab_size)
     else:
         check_vocabulary(config.vocab_size, known)
@@ -87,6 +89,14 @@ def check_vocabulary(vocab_size: int | None, known: Path) -> None:
             f"vocab_size={vocab_size}, but the tokenizer {str(known)!r} has {size} tokens: leave out vocab_size, which "
             "is of a tokenizer to train"
         )
+
+
+def too_many_tokens(size: int, vocab_size: int) -> UserError:
+    """Return what is wrong with a tokenizer of so many tokens for a model that has embeddings for fewer."""
+    return UserError(
+        f"the tokenizer has {size} tokens, and the model embeddings for vocab_size={vocab_size}: give a tokenizer of "
+        f"no more, a --vocab-size of at most {vocab_size} to train one, or another --model"
+    )
 
 
 def _check_of_texts(options: Options, store: Path) -> None:

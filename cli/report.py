@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .counted import counted
 from .metrics import Row
 
 
@@ -202,7 +203,7 @@ def _summary_rows(summary: Summary) -> dict[str, str]:
         "restarts": f"{summary.restarts:,}",
         "trainable parameters": f"{summary.trainable:,} of {summary.parameters:,} ({share:.1%})",
         "optimizer state": f"{ours} ({bytes_share:.1%} of full-rank AdamW's {full_rank})",
-        "trained on": f"{summary.tokens:,} tokens in {summary.updates:,} updates",
+        "trained on": f"{counted(summary.tokens, 'token')} in {counted(summary.updates, 'update')}",
         **({"skipped updates": f"{summary.skips:,}"} if summary.skips else {}),
         "tokens/s": f"{summary.tokens_per_second:,.0f}",
         "time in updates": _duration(summary.seconds),
@@ -230,7 +231,7 @@ def _row_facts(row: Row, *, smoothed: float | None, next_restart: int | None) ->
         "gradient norm": _maybe(row.grad_norm, ".3g"),
         "tokens/s": _maybe(row.tokens_per_second, ",.0f"),
         "cycle": str(row.restarts + 1) if row.phase == "low_rank" else "-",
-        "restart in": "-" if next_restart is None else f"{next_restart - row.update:,} updates",
+        "restart in": "-" if next_restart is None else counted(next_restart - row.update, "update"),
     }
     return {name: text for name, text in facts.items() if text is not None}
 

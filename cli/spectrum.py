@@ -128,16 +128,40 @@ def left_out(before: Path, after: Path) -> str | None:
 
 
 def print_spectrum(rows: list[KindSpectrum], *, console: Console) -> None:
-    """Print a table, a kind a row; columns are means over the kind's matrices, but for the largest singular value."""
+    """Print a table, a kind a row; columns are means over the kind's matrices, but for the largest singular value.
+
+    Columns that a narrow console has no room for are left out, and named below.
+    """
+    columns = {
+        "kind": [row.kind for row in rows],
+        "matrices": [str(row.num_matrices) for row in rows],
+        "shape": [f"{row.shape[0]}x{row.shape[1]}" for row in rows],
+        f"above\n{THRESHOLD}": [f"{row.num_above:.1f}" for row in rows],
+        "effective\nrank": [f"{row.effective_rank:.1f}" for row in rows],
+        "stable\nrank": [f"{row.stable_rank:.1f}" for row in rows],
+        "largest": [f"{row.largest:.3g}" for row in rows],
+        "Frobenius": [f"{row.frobenius:.3g}" for row in rows],
+    }
+    left = [name for name in _LEAST_WANTED if _narrowed(columns, console.width, name)]
     table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title="singular values of the weight change")
-    table.add_column("kind", overflow="fold")
-    for name in ("matrices", "shape", f"above\n{THRESHOLD}", "effective\nrank", "stable\nrank", "largest", "Frobenius"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        means = (f"{row.num_above:.1f}", f"{row.effective_rank:.1f}", f"{row.stable_rank:.1f}")
-        sizes = (f"{row.largest:.3g}", f"{row.frobenius:.3g}")
-        table.add_row(Text(row.kind), str(row.num_matrices), f"{row.shape[0]}x{row.shape[1]}", *means, *sizes)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "kind" else "right", overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
     console.print(table)
+    if left:
+        console.print(f"no room for: {', '.join(name.replace(chr(10), ' ') for name in left)}", highlight=False)
+
+
+def _narrowed(columns: dict[str, list[str]], width: int, name: str) -> bool:
+    """Leave a column out where all of them together are wider than a console; return whether it was."""
+    texts = {own: [*own.split("\n"), *cells] for own, cells in columns.items()}
+    widths = {own: max(map(len, text)) + 1 for own, text in texts.items()}
+    widths["kind"] = min(widths["kind"], _KIND_WIDTH)
+    if sum(widths.values()) <= width:
+        return False
+    del columns[name]
+    return True
 
 
 def plot_spectrum(rows: list[KindSpectrum], out: Path) -> Path:
@@ -248,5 +272,7 @@ def _short_names(paths: set[str]) -> dict[str, str]:
     return {path: next((end for end in ends(path) if counts[end] == 1), path) for path in paths}
 
 
+_LEAST_WANTED = ("Frobenius", "stable\nrank", "matrices", "largest", "shape")
+_KIND_WIDTH = 25  # a longer name is folded
 _FLOOR = 1e-4  # of the largest singular value: smaller ones are near float32 rounding
 _FLOATING = ("F64", "F32", "F16", "BF16")

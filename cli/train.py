@@ -25,6 +25,7 @@ from relora_opt import memory
 from .changes import changes, settled
 from .checkpoint import checkpoint_of, latest_checkpoint, read_progress
 from .config import Config, Options
+from .counted import counted
 from .device import available_device
 from .export import export_checkpoint
 from .lock import locked
@@ -98,7 +99,7 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
             here = replace(config, threads=shared_threads(config.threads))
         lines = changes(before, here, update=progress.update)
         if progress.is_finished and progress.update == config.steps:
-            say(processes, f"{folder} is finished: {progress.update} updates; give more --steps to go on")
+            say(processes, _finished(folder, progress.update, options or {}))
             return
         processes.on_main(lambda: check_logs(config.log))
         run = restored_run(here, checkpoint, processes)
@@ -111,6 +112,13 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         held.enter_context(run.writer)
         say(processes, "\n  ".join([f"resuming {folder} after update {progress.update}", *lines]))
         train(run)
+
+
+def _finished(folder: Path, update: int, options: Options) -> str:
+    """Say that a run has made its updates, and which of the options that are given find nothing to do."""
+    idle = [f"--{name.replace('_', '-')}" for name in options if name not in ("steps", "tokens")]
+    nothing = f", and {', '.join(idle)} would change nothing" if idle else ""
+    return f"{folder} is finished: {counted(update, 'update')}{nothing}; give more --steps to go on"
 
 
 def _reopen(run: Run) -> list[str]:

@@ -349,6 +349,10 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "lines that are no JSON": (data("a.jsonl", '{"text": "a"}\nnonsense\n'), "a.jsonl, line 2 is not JSON"),
     "lines of another key": (data("a.jsonl", '{"body": "a"}\n'), "no text under text_field='text'"),
     "corpus shorter than a sequence": (data("a.txt", "a few words"), "fewer than one sequence of seq_len=16"),
+    "held-out text shorter than a sequence": (
+        data("a.txt", "a few words " * 20, val_share=0.01),
+        "and its next token: give more data, a larger val_share or a smaller seq_len",
+    ),
     "path that is no UTF-8": (changed(data=os.fsdecode(b"te\xffxts")), r"data='te\udcffxts' is not UTF-8: rename"),
     "output that is no UTF-8": (changed(out=os.fsdecode(b"ru\xffn")), r"out='ru\udcffn' is not UTF-8: rename"),
     # the model and the tokenizer
@@ -363,13 +367,13 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "tokenizer that is none": (lambda desk: desk.words(tokenizer=desk.write("t.json", "{}")), "cannot be read"),
     "vocabulary above the model's": (
         lambda desk: desk.words(tokenizer=desk.tokenizer(400)),
-        "the model has a vocabulary of 300 and the tokenizer of 400: they must match",
+        "the tokenizer has 400 tokens, and the model embeddings for vocab_size=300: give",
     ),
     "vocabulary unlike the tokenizer's": (
         lambda desk: desk.words(tokenizer=desk.tokenizer(290), vocab_size=300),
         "vocab_size=300, but the tokenizer",
     ),
-    "vocabulary to train above the model's": (changed(vocab_size=310), "the model has a vocabulary of 300"),
+    "vocabulary to train above the model's": (changed(vocab_size=310), "tokenizer has 310 tokens, and the model"),
     "vocabulary too small": (changed(vocab_size=200), "vocab_size=200 must be at least 257"),
     "sequence too long": (changed(seq_len=65), "seq_len=65 is longer than the model's max_position_embeddings=64"),
     # low rank

@@ -16,7 +16,7 @@ from relora_opt_cli import run as rooms
 from relora_opt_cli.checkpoint import checkpoints
 from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import load_config_file
-from relora_opt_cli.corpus import Settings, tokenize
+from relora_opt_cli.corpus import Settings, tokenize, train_tokenizer
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.evaluate import evaluate
 from relora_opt_cli.export import export_run
@@ -93,6 +93,21 @@ def test_a_size_of_vocabulary_is_refused_where_none_is_trained_and_it_is_another
         settled(places, **given, vocab_size=300)
     assert settled(places, **given).vocab_size is None
     assert settled(places, **given, vocab_size=257).vocab_size == 257
+
+
+def test_a_size_of_vocabulary_above_the_models_is_refused_before_texts_are_read(places: dict[str, str]) -> None:
+    shape = str(Path(places["model"]) / "config.json")
+    with pytest.raises(UserError, match=r"tokenizer has 1001 tokens, and the model embeddings for vocab_size=1000:"):
+        settled(places, data="texts", model=shape, vocab_size=1001)
+    assert settled(places, data="texts", model=shape, vocab_size=1000).vocab_size == 1000
+    assert settled(places, data="texts", preset="5m", vocab_size=1001).vocab_size == 1001
+
+
+def test_what_is_tokenized_is_not_tokenized_again(tmp_path: Path, places: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"data='.*own' is tokenized already: give texts, or give it to pretrain"):
+        tokenize([places["own"]], Settings(), tmp_path / "again")
+    with pytest.raises(UserError, match=r"data='.*own' is tokenized already"):
+        train_tokenizer([places["texts"], places["own"]], Settings())
 
 
 @pytest.mark.parametrize(("name", "value"), [("text_field", "text"), ("val_share", 0.3), ("allow_lossy", True)])

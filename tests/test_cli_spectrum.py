@@ -160,6 +160,18 @@ def test_the_table_has_every_kind_at_80_columns(tmp_path: Path) -> None:
     assert lines[-1].split() == ["q_proj", "1", "8x8", "2.0", "1.4", "1.0", "3", "3.01"]
 
 
+@pytest.mark.parametrize(
+    ("width", "left"), [(66, "Frobenius"), (58, "Frobenius, stable rank"), (30, "Frobenius, stable")]
+)
+def test_a_narrow_table_has_fewer_columns_and_no_broken_word(width: int, left: str) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    print_spectrum([KindSpectrum("down_proj", (1024, 2736), torch.eye(9))], console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"no room for: {left}" in text
+    assert {"kind", "above", "0.1", "effective", "rank", "down_proj"} <= set(text.split())
+    assert all(len(line) <= width for line in text.splitlines()[:-1])
+
+
 def test_the_picture_has_a_panel_a_kind(tmp_path: Path) -> None:
     rows = [KindSpectrum(f"kind{i}", (6, 6), torch.linspace(1, 0, 6).repeat(2, 1)) for i in range(7)]
     picture = plot_spectrum(rows, tmp_path / "spectrum.svg").read_text()

@@ -192,7 +192,9 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
     capsys.readouterr()
     resume_run(run)
-    assert "is finished" in capsys.readouterr().out
+    assert f"is finished: {STEPS} updates; give more --steps to go on\n" in capsys.readouterr().out
+    resume_run(run, {"steps": STEPS, "keep": 3, "log": ("tensorboard",), "text_field": "text"})
+    assert f"{STEPS} updates, and --keep, --log, --text-field would change nothing; give" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"} == before
 
 
