@@ -22,6 +22,7 @@ from .errors import UserError, short_paths
 from .flags import declare_options, spread_data
 from .launch import launched
 from .output import enduring_output, forgiving_output, quoted
+from .prelude import prelude, work_begins
 from .report import print_error
 from .resolution import resolve
 
@@ -41,7 +42,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; a mistake of the user's ends with one sentence and status 2."""
     try:
-        _run()
+        with prelude():
+            _run()
     except SystemExit as end:
         if _may_be_one_of_several():
             # Threads of gloo that outlive their process group abort the interpreter while it shuts down.
@@ -92,11 +94,13 @@ def pretrain(**options: Any) -> None:
                 raise UserError(f"config={config_file!r} does not go with resume: give flags for what is to change")
             from .train import resume_run
 
+            work_begins()
             resume_run(Path(resume), given, processes)
             return
         config = resolve({**(load_config_file(config_file) if config_file else {}), **given})
         from .train import start_run
 
+        work_begins()
         start_run(config, processes)
 
 
@@ -135,6 +139,7 @@ def tokenize(
     from .pace import Pace
     from .plan import describe_texts
 
+    work_begins()
     if tokenizer is not None:
         check_vocabulary(vocab_size, Path(tokenizer))
 
@@ -164,6 +169,7 @@ def train(
     from .pace import Pace
     from .tokens import check_new, save_tokenizer, vocabulary_size
 
+    work_begins()
     check_new(out)
     trained = train_tokenizer(config.data, Settings.of(config), pace=Pace(Console()))
     save_tokenizer(trained, out)
@@ -182,6 +188,7 @@ def export(
     """Write a run's newest weights, or a checkpoint's, as a folder that transformers loads."""
     from .export import export_run
 
+    work_begins()
     folder = export_run(run, out, dtype=dtype)
     command = f"relora-opt generate {quoted(folder)} --prompt 'The state of the union is'"
     typer.echo(f"exported to {folder}; next: {command}")
@@ -203,6 +210,7 @@ def generate(
     from .output import streamed_output
     from .sampling import Sampling
 
+    work_begins()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     text = pieces(model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
     with streamed_output() as write:
@@ -238,6 +246,7 @@ def evaluate(
     from .evaluation import table_of
     from .output import streamed_output
 
+    work_begins()
     evaluation = evaluation_of(
         model,
         data=data or (),
@@ -258,6 +267,7 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -
     """List a run's checkpoints, and verify each; the exit status is 1 where one is damaged."""
     from .listing import list_checkpoints, print_checkpoints
 
+    work_begins()
     listed = list_checkpoints(run)
     print_checkpoints(listed, console=Console())
     if any(line.damage for line in listed):
@@ -274,6 +284,7 @@ def plot(
     """Draw loss and learning rate of a run, or the validation losses of several."""
     from .plot import plot_runs
 
+    work_begins()
     typer.echo(f"drawn: {plot_runs(runs, out)}")
 
 
@@ -288,6 +299,7 @@ def spectrum(
     from .spectrum import left_out, plot_spectrum, print_spectrum
     from .spectrum import spectrum as spectra
 
+    work_begins()
     before, after = weights_of(before), weights_of(after)
     rows, left = spectra(before, after), left_out(before, after)
     print_spectrum(rows, console=Console())
