@@ -184,9 +184,8 @@ def _companions(run: Run) -> dict[str, bytes]:
     if run.config.init_from is None:
         return own
     source = find_trained(Path(run.config.init_from)).shape
-    return own | (
-        companions(source) if (source / TOKENIZER).is_file() else {}
-    )  # of another tokenizer, they are not its
+    has_tokenizer = (source / TOKENIZER).is_file()  # the run's own is no other then
+    return {**own, **(companions(source) if has_tokenizer else {})}
 
 
 def write_config(run: Run) -> None:
