@@ -135,7 +135,7 @@ def test_a_corpus_shorter_than_one_sequence_is_refused_with_the_numbers(tmp_path
         UserError, match=r"the training text has .* seq_len=9999999 .*give more data or a smaller seq_len"
     ):
         made(tmp_path, seq_len=9999999)
-    with pytest.raises(UserError, match="the training text has 1 tokens"):
+    with pytest.raises(UserError, match="the training text has 1 token,"):
         prepare([write(tmp_path / "short.txt", "a")], Settings(), seq_len=4, cache_folder=tmp_path)
     with pytest.raises(UserError, match=r"data=.*empty\.txt holds no text: give sources with at least one document"):
         prepare([write(tmp_path / "empty.txt", " ")], Settings(), seq_len=4, cache_folder=tmp_path)
