@@ -205,7 +205,8 @@ def longer() -> list[Spec]:
         ("LoRA, rank 32", "relora", eighth),
     ]
     return [
-        Spec(name, method, {"rest_lr": 16e-3, **own}, "w256", "botocore", 4 * STEPS, SEEDS[0])
+        Spec(name, method, {"rest_lr": 16e-3, **own}, "w256", "botocore", 4 * STEPS, seed)
+        for seed in SEEDS
         for name, method, own in trials
     ]
 
