@@ -197,8 +197,8 @@ def tune_unit() -> list[Spec]:
 
 
 def confirm_unit() -> list[Spec]:
-    """The best of `tune_unit` on three texts and three other seeds."""
-    return _on_all_texts(_settled(tune_unit()), size="w256")
+    """The best of `tune_unit` on three other seeds, on the text where a matched scale is furthest behind full rank."""
+    return [spec for spec in _on_all_texts(_settled(tune_unit()), size="w256") if spec.text == "botocore"]
 
 
 def confirm_large() -> list[Spec]:

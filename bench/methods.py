@@ -200,6 +200,9 @@ class ReLoRA(Trainer):
         settings = dict(settings)
         lr, rest_lr = settings.pop("lr"), settings.pop("rest_lr")
         clock = {key: settings.pop(key, 0) for key in ("restart_every", "restart_warmup", "warm_start")}
+        self.restart_until, self.restart_every = settings.pop("restart_until", 0), clock["restart_every"]
+        if self.restart_until:  # by hand then: those of a schedule go on to the end
+            clock["restart_every"] = 0
         strategy = settings.pop("prune", "reset")
         base, path = settings.pop("base", "adamw"), settings.pop("path", "functional")
         accumulate, is_compiled = settings.pop("accumulate", 1), settings.pop("compile", True)
@@ -224,12 +227,19 @@ class ReLoRA(Trainer):
         )
         self.restart, self.is_functional = self.optimizer.restart, path == "functional"
         if self.is_functional:
-            self.step = self.optimizer.make_step(model, self.loss_fn, compile=is_compiled, accumulate=accumulate)
+            self._step = self.optimizer.make_step(model, self.loss_fn, compile=is_compiled, accumulate=accumulate)
         else:
-            self.step = self._dense_step
+            self._step = self._dense_step
 
     def trained(self) -> Iterable[Tensor]:
         return self.optimizer.functional(self.model).parameters() if self.is_functional else super().trained()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        before = self.optimizer.num_updates
+        loss: Tensor = self._step(tokens)
+        if before < self.optimizer.num_updates <= self.restart_until and (before + 1) % self.restart_every == 0:
+            self.restart()
+        return loss
 
     def _dense_step(self, tokens: Tensor) -> Tensor:
         loss = self.backward(tokens)

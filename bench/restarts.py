@@ -205,9 +205,18 @@ def longer() -> list[Spec]:
         ("LoRA, rank 32", "relora", eighth),
     ]
     return [
-        Spec(name, method, {"rest_lr": 16e-3, **own}, "w256", "botocore", 4 * STEPS, SEEDS[0])
+        Spec(name, method, {"rest_lr": 16e-3, **own}, "w256", "botocore", 4 * STEPS, seed)
+        for seed in SEEDS
         for name, method, own in trials
     ]
+
+
+def early_restarts() -> list[Spec]:
+    """Do restarts pay that end halfway, while the rate is high? `longer` has those up to the end."""
+    cycle = {"restart_every": 500, "restart_warmup": 25, "restart_until": 2000}
+    settings: dict[str, Any] = {**MATCHED, "rank": 64, "lr": 7e-4, "rest_lr": 16e-3, **cycle}
+    name = "ReLoRA, rank 64, every 500 until 2000"
+    return [Spec(name, "relora", settings, "w256", "botocore", 4 * STEPS, seed) for seed in SEEDS[:2]]
 
 
 def ablation() -> list[Spec]:
