@@ -126,14 +126,15 @@ class Step:
         """Add the gradients of a micro-batch; return its detached loss, and what else there is."""
         if self._is_compiled:
             self._functional.follow()
-        without = self._without_gradient() if self._is_replayed else []
+        without = self._without_gradient() if self._is_replayed and self.accumulate > 1 else []
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
         if self._is_replayed:
             _check_aux(aux)
             loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
-            self._keep_gradients(without)
+            if self.accumulate > 1:  # else the update comes before the next replay
+                self._keep_gradients(without)
         return loss, aux
 
     def _update(self) -> None:
