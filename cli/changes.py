@@ -19,7 +19,7 @@ _FREE = (
     *("eval_every", "save_every", "keep", "keep_every", "max_loss_jump", "max_skips", "log"),
     *("data", "text_field", "allow_lossy"),
 )
-_ROUNDING = ("device", "threads", "compile", "micro_batch_size", "shard", "checkpoint_activations")
+_ROUNDING = ("device", "threads", "compile", "cuda_graphs", "micro_batch_size", "shard", "checkpoint_activations")
 _UNSEEN = ("out", "tokens")  # a folder may be moved; steps say it already
 
 

@@ -93,6 +93,10 @@ class Config:
     compile: bool | None = _option(
         "Compile the step. (default: on CUDA, and on a CPU where the run is long enough to pay for it)", panel=_MACHINE
     )
+    cuda_graphs: bool = _option(
+        "Replay the step's kernels, for models so small that a GPU waits for Python. (default: launch each)",
+        panel=_MACHINE,
+    )
     checkpoint_activations: bool = _option(
         "Keep only the layers' inputs for the backward pass, and compute the rest again. (default: keep all)",
         panel=_MACHINE,

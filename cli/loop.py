@@ -25,6 +25,7 @@ from .device import autocast_dtype
 from .errors import UserError
 from .log import Log, numbers
 from .loss import batch_loss
+from .machine import compile_options
 from .metrics import Phase, Row
 from .output import quoted
 from .predicted import drawn_sequences
@@ -67,7 +68,7 @@ class Loop:
         return run.optimizer.make_step(
             run.model,
             self._loss,
-            compile=bool(run.config.compile),
+            compile=compile_options(run.config),
             accumulate=self.accumulate,
             guard=self.guard,
             process_group=run.processes.group,

@@ -21,6 +21,7 @@ import torch
 
 from .config import Config
 from .device import autocast_dtype, find_device
+from .errors import UserError
 from .launch import launched
 from .tokens import default_cache_folder
 
@@ -52,7 +53,27 @@ def describe(config: Config) -> str:
     number = torch.get_num_threads()
     threads = f"{number} thread{'s' * (number > 1)}, " if device.type == "cpu" else ""
     compiled = "step compiled" if config.compile else "step not compiled"
+    compiled += " and replayed" if config.cuda_graphs else ""
     return f"{device}: {threads}{products}, {compiled} (--threads, --dtype and --compile say otherwise)"
+
+
+def check_graphs(config: Config) -> None:
+    """Refuse to replay a step that cannot be recorded.
+
+    Raises:
+        UserError: names what is in the way.
+    """
+    device = find_device(config.device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs=True, but the run is on {device}: say --no-cuda-graphs, or --device cuda")
+    if config.cuda_graphs and (config.compile is False or config.shard):
+        what = "shard=True" if config.shard else "compile=False"
+        raise UserError(f"cuda_graphs=True with {what}: what is recorded is the compiled step of a whole model")
+
+
+def compile_options(config: Config) -> bool | dict[str, str]:
+    """Return a settled configuration's `compile` of make_step."""
+    return {"mode": "reduce-overhead"} if config.cuda_graphs else bool(config.compile)
 
 
 def set_threads(threads: int | None) -> None:

@@ -33,6 +33,7 @@ _GENERAL: Options = {
     "prune": "reset",
     "dtype": "auto",
     "device": "auto",
+    "cuda_graphs": False,
     "checkpoint_activations": False,
     "shard": False,
     "keep": 2,

@@ -38,7 +38,7 @@ from .errors import UserError
 from .export import MODEL_CONFIG, TOKENIZER
 from .identity import identity_of
 from .lock import LOCK, Lock, locked
-from .machine import describe, keep_compiled, keep_freed_memory, set_threads, settle
+from .machine import check_graphs, describe, keep_compiled, keep_freed_memory, set_threads, settle
 from .metrics import Row
 from .model import Llama, LlamaConfig, check_finite, init_weights, load_weights, weight_files
 from .origin import agreed, located, tokenizer_file
@@ -113,6 +113,7 @@ def new_run(config: Config, processes: World) -> Run:
 def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weights: Callable[[Llama], None]) -> Run:
     """Read the texts and build what the loop works on."""
     _check_shares(config, processes)
+    check_graphs(config)
     set_threads(config.threads)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
     settings = Settings.of(

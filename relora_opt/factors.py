@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .sharding import is_sharded
+
 INITS = ("kaiming", "orthogonal", "gradient")
+_PAIRS_TOGETHER = 4  # of factors, whose movements are made at one time: a GPU waits less, and little memory is taken
 
 
 def matrix_shape(weight: Tensor, *, is_batch: bool = False) -> tuple[int, ...]:
@@ -57,21 +60,24 @@ def draw_a(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Gen
 def draw_b(shape: tuple[int, ...], rank: int, *, init: str, generator: torch.Generator, like: Tensor) -> Tensor:
     """Return B of shape (m, r), or (batch, m, r): 0, or orthonormal columns to sketch with for init "gradient"."""
     *batch, m, _ = shape
-    B = torch.zeros(*batch, m, rank, dtype=factor_dtype(like.dtype), device="cpu")
-    if init == "gradient":
-        B = _orthonormal_rows(B.normal_(generator=generator).mT, like.device).mT.contiguous()
-    return B.to(like.device)
+    dtype = factor_dtype(like.dtype)
+    if init != "gradient":
+        return torch.zeros(*batch, m, rank, dtype=dtype, device=like.device)
+    B = torch.empty(*batch, m, rank, dtype=dtype, device="cpu").normal_(generator=generator)
+    return _orthonormal_rows(B.mT, like.device).mT.contiguous().to(like.device)
 
 
 def _orthonormal_rows(drawn: Tensor, device: torch.device) -> Tensor:
     """Return the orthonormal rows that Gram and Schmidt make of a drawn matrix's, by Cholesky's factor.
 
     In float64, so that what processors round differently is rounded away; twice, for what the first time leaves. On the
-    device that they are for, where it is known to have float64: on one core it is most of a restart.
+    device that they are for, where it is known to have float64: on one core it is most of a restart. The device is not
+    waited for: of numbers drawn from a normal distribution, no fewer columns than rows, the rows are independent.
     """
-    rows = drawn.to(device if device.type == "cuda" else "cpu", torch.float64)
+    rows = drawn.to(device if device.type == "cuda" else "cpu").to(torch.float64)
     for _ in range(2):
-        rows = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.mT), rows, upper=False)
+        lower = torch.linalg.cholesky_ex(rows @ rows.mT).L
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
     return rows.to(drawn.dtype).contiguous()
 
 
@@ -108,8 +114,18 @@ def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]
     Args:
         factors: A', B' of the first pair, of the second, and so on. before: copies of them before the step.
     """
-    for new_A, new_B, A, B in zip(factors[::2], factors[1::2], before[::2], before[1::2], strict=True):
-        yield Movement(torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2))
+    for begin in range(0, len(factors), 2 * _PAIRS_TOGETHER):
+        new, old = (some[begin : begin + 2 * _PAIRS_TOGETHER] for some in (factors, before))
+        moved = _differences(new, old)
+        for new_A, B, moved_A, moved_B in zip(new[::2], old[1::2], moved[::2], moved[1::2], strict=True):
+            yield Movement(torch.cat((moved_B, B), dim=-1), torch.cat((new_A, moved_A), dim=-2))
+
+
+def _differences(new: list[Tensor], old: list[Tensor]) -> Sequence[Tensor]:
+    """Return the differences of tensors; on a GPU in one launch, or few."""
+    if any(is_sharded(tensor) for tensor in new):
+        return [a - b for a, b in zip(new, old, strict=True)]
+    return torch._foreach_sub(new, old)
 
 
 def move_(W: Tensor, movement: Movement, scale: float) -> None:

@@ -63,7 +63,7 @@ def flags() -> dict[str, list[str]]:
     return {parameter.name: [*parameter.opts, *parameter.secondary_opts] for parameter in pretrain.params}
 
 
-SWITCHES = ("allow_lossy", "compile", "checkpoint_activations", "shard")
+SWITCHES = ("allow_lossy", "compile", "cuda_graphs", "checkpoint_activations", "shard")
 
 
 def test_every_option_is_a_flag_in_kebab_case_and_has_a_help_and_a_panel() -> None:

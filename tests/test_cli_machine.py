@@ -1,16 +1,21 @@
 """What is left open is settled for the machine at hand, once, and said."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from relora_opt_cli import device, machine
 from relora_opt_cli.config import Config
 from relora_opt_cli.config_file import to_toml
+from relora_opt_cli.errors import UserError
 from relora_opt_cli.machine import (
+    check_graphs,
+    compile_options,
     describe,
     keep_compiled,
     num_cores,
@@ -44,6 +49,35 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not() -> None:
 def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_has_compiler", lambda: False)
     assert on_cpu(LARGE).compile is False
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cpu"}, "cuda_graphs=True, but the run is on cpu: say --no-cuda-graphs, or --device cuda"),
+        ({"device": "cuda", "compile": False}, "cuda_graphs=True with compile=False"),
+        ({"device": "cuda", "shard": True}, "cuda_graphs=True with shard=True"),
+    ],
+    ids=str,
+)
+def test_a_step_that_cannot_be_recorded_is_refused(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_device", torch.device)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_graphs(resolve({"cuda_graphs": True, **options}))
+    check_graphs(resolve(options))
+
+
+def test_a_step_is_recorded_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_device", torch.device)
+    monkeypatch.setattr(machine, "autocast_dtype", lambda *_: torch.bfloat16)
+    recorded = settle(resolve({"device": "cuda", "cuda_graphs": True}), num_parameters=SMALL)
+    check_graphs(recorded)
+    assert compile_options(recorded) == {"mode": "reduce-overhead"}
+    assert describe(recorded).startswith("cuda: bfloat16 products, step compiled and replayed")
+    assert compile_options(on_cpu(SMALL)) is False
+    assert compile_options(on_cpu(LARGE)) is True
 
 
 def test_what_is_given_stays() -> None:

@@ -216,7 +216,8 @@ def test_a_run_on_an_accelerator_goes_on_and_exports_and_is_evaluated_on_the_cpu
     assert rows[-1].val_loss is not None
     assert rows[0].val_loss is not None
     assert rows[-1].val_loss < rows[0].val_loss - 1
-    call("pretrain", "--resume", "run", "--steps", 60)
+    said = call("pretrain", "--resume", "run", "--steps", 60, "--cuda-graphs")
+    assert f"{device}:0: bfloat16 products, step compiled and replayed" in said
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1].update == 60
     call("export", "run", "--out", "exported")

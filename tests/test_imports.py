@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "schedule": set(),
     "sharding": set(),
     "prune": {"sharding"},
-    "factors": set(),
+    "factors": {"sharding"},
     "select": set(),
     "groups": {"factors", "select"},
     "state": {"factors", "groups", "sharding"},
