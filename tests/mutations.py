@@ -151,8 +151,8 @@ MUTATIONS = (
     Mutation(
         "take the movement for a difference of large products",
         "factors.py",
-        "torch.cat((new_B - B, B), dim=-1), torch.cat((new_A, new_A - A), dim=-2)",
-        "torch.cat((new_B, -B), dim=-1), torch.cat((new_A, A), dim=-2)",
+        "torch.cat((moved_B, B), dim=-1), torch.cat((new_A, moved_A), dim=-2)",
+        "torch.cat((moved_B + B, -B), dim=-1), torch.cat((new_A, new_A - moved_A), dim=-2)",
         ("test_laws_step.py", "small_step_of_large_factors"),
     ),
     Mutation(
@@ -572,8 +572,8 @@ MUTATIONS = (
     Mutation(
         "move the weight by A's step along the B from after it",
         "factors.py",
-        "(new_B - B, B)",
-        "(new_B - B, new_B)",
+        "(moved_B, B)",
+        "(moved_B, moved_B + B)",
         ("test_laws_reference.py", WALK),
     ),
     Mutation(
