@@ -25,6 +25,7 @@ PLANS: dict[str, Plan] = {
     "short-cycles": restarts.short_cycles,
     "restarts-large": restarts.restarts_large,
     "longer": restarts.longer,
+    "longer-wide": restarts.longer_wide,
     "early-restarts": restarts.early_restarts,
     "confirm": grids.confirm,
     "confirm-rivals": grids.confirm_rivals,

@@ -211,6 +211,27 @@ def longer() -> list[Spec]:
     ]
 
 
+def longer_wide() -> list[Spec]:
+    """And at width 512, where an eighth of the width did not end behind after 1000 updates; and with Muon."""
+    wide: dict[str, Any] = {"lr": 5e-4, **MATCHED}
+    cycle: dict[str, Any] = {"restart_every": 500, "restart_warmup": 25}
+    full = ("full-rank AdamW", "full", {"lr": 5e-4, "rest_lr": 32e-3})
+    quarter = ("LoRA, rank 128", "relora", {**wide, "rank": 128})
+    eighth = ("LoRA, rank 64", "relora", {**wide, "rank": 64})
+    trials: list[tuple[str, str, dict[str, Any], str, str]] = [
+        ("LoRA, Muon, rank 64", "relora", {**MATCHED, "base": "muon", "lr": 2e-3, "rank": 64}, "w256", "botocore"),
+        *((*trial, "w512", text) for text in ("botocore", "python") for trial in (full, quarter, eighth)),
+        ("LoRA, rank 32", "relora", {**wide, "rank": 32}, "w512", "botocore"),
+        ("ReLoRA, rank 32, every 500", "relora", {**wide, **cycle, "rank": 32}, "w512", "botocore"),
+        ("LoRA, Muon, rank 128", "relora", {**MATCHED, "base": "muon", "lr": 1e-3, "rank": 128}, "w512", "botocore"),
+    ]
+    return [
+        Spec(name, method, {"rest_lr": 16e-3, **own}, size, text, 4 * STEPS, seed)
+        for name, method, own, size, text in trials
+        for seed in SEEDS
+    ]
+
+
 def early_restarts() -> list[Spec]:
     """Do restarts pay that end halfway, while the rate is high? `longer` has those up to the end."""
     cycle = {"restart_every": 500, "restart_warmup": 25, "restart_until": 2000}

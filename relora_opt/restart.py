@@ -163,8 +163,9 @@ class FreshState:
 
     def _behaves_as_fresh(self, factor: Tensor) -> bool:
         """Say whether a used state set to zero gives the same two updates as no state at all."""
-        generator = torch.Generator().manual_seed(0)
-        start, *gradients = (torch.randn(factor.shape, generator=generator, device="cpu").to(factor) for _ in range(4))
+        generator = torch.Generator(factor.device).manual_seed(0)  # there: it is as many numbers as the factor has
+        drawn = (torch.randn(factor.shape, generator=generator, device=factor.device) for _ in range(4))
+        start, *gradients = (numbers.to(factor.dtype) for numbers in drawn)
         used, fresh = start.clone(), start.clone()
         used_base, fresh_base = self._build(used), self._build(fresh)
         used.grad = gradients[0]
