@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, memory, prune
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # which torch.compile uses
+]
 
 
 @pytest.fixture
