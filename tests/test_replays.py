@@ -113,14 +113,15 @@ def test_the_emulation_overwrites_what_nobody_copied() -> None:
         torch.testing.assert_close(_run(True, accumulate=3), _run(False, accumulate=3), rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_of_another_optimizer_outlast_a_replay() -> None:
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_of_another_optimizer_outlast_a_replay(accumulate: int) -> None:
     runs = []
     for compile in (GRAPHS, False):
         model = mlp(torch.float64)
         own = [(name, p) for name, p in model.named_parameters() if not name.startswith("head")]
         optimizer = ReLoRAOptimizer(own, torch.optim.AdamW, rank=2, alpha=3, targets=["first.weight"], lr=1e-2)
         other = torch.optim.SGD(model.head.parameters(), lr=0.1)
-        step = optimizer.make_step(model, mse, compile=compile, accumulate=3)
+        step = optimizer.make_step(model, mse, compile=compile, accumulate=accumulate)
         losses = []
         for index in range(18):
             losses.append(step(*batch(index, torch.float64)))
