@@ -384,7 +384,7 @@ if rank == {rank}: loop.Batches.batch = after(loop.Batches.batch, 5, lambda: tim
     assert "another process of this run has not answered for 0.1 minutes" in line
 
 
-@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=str)
+@pytest.mark.parametrize("shard", [(), pytest.param(("--shard",), marks=pytest.mark.slow)], ids=str)
 def test_a_loss_that_explodes_in_one_process_is_skipped_by_all(
     tmp_path: Path, text: Path, shard: tuple[str, ...]
 ) -> None:

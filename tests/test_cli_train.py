@@ -145,7 +145,7 @@ def stopped(whole: Path, stop: int) -> Path:
     return part
 
 
-@pytest.mark.parametrize("stop", [6, 7, 8, 13])
+@pytest.mark.parametrize("stop", [7, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (6, 8, 13))])
 def test_a_run_stopped_between_two_sketches_of_the_gradient_resumes_bitwise(tmp_path: Path, stop: int) -> None:
     whole = train(tmp_path, save_every=1, keep=100, init="gradient")
     part = stopped(whole, stop)

@@ -214,13 +214,17 @@ def test_a_terminal_that_is_closed_does_not_stop_what_nohup_started(whole: Path,
 def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = tmp_path / "run"
+
     def twice() -> None:
+        end = time.monotonic() + 30
+        while int(checkpoints(run)[-1].name) != 4 and time.monotonic() < end:
+            time.sleep(0.01)  # a thread writes it
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(SystemExit) as end:
         interrupted(tmp_path, 2 * 7 + 1, twice, save_every=4)
-    run = tmp_path / "run"
     assert end.value.code == 130
     assert f"aborted; to go on: relora-opt pretrain --resume {run}" in capsys.readouterr().out
     assert int(checkpoints(run)[-1].name) == 4
