@@ -1,7 +1,7 @@
 """What of a run's settings may change when it goes on, and what that means.
 
 nothing changes for the training    evaluation, saving, logging, the places of the texts (their contents are checked)
-the last bits may change            device, threads, compile, micro_batch_size, shard: sums are taken in another order
+the last bits may change            device, threads, compile and the like: sums are taken in another order
 the rates change from there on      steps: schedules end where the run ends
 refused                             all else, seed and lr and rank among it: that would be another run
 """

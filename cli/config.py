@@ -94,7 +94,7 @@ class Config:
         "Compile the step. (default: on CUDA, and on a CPU where the run is long enough to pay for it)", panel=_MACHINE
     )
     cuda_graphs: bool = _option(
-        "Replay the step's kernels, for models so small that a GPU waits for Python. (default: launch each)",
+        "Record the passes as CUDA graphs, for models so small that a GPU waits for Python. (default: no)",
         panel=_MACHINE,
     )
     checkpoint_activations: bool = _option(

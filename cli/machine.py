@@ -54,10 +54,11 @@ def describe(config: Config) -> str:
     threads = f"{number} thread{'s' * (number > 1)}, " if device.type == "cpu" else ""
     compiled = "step compiled" if config.compile else "step not compiled"
     compiled += " and replayed" if config.cuda_graphs else ""
-    return f"{device}: {threads}{products}, {compiled} (--threads, --dtype and --compile say otherwise)"
+    options = "--threads, --dtype" + (", --compile and --cuda-graphs" if config.cuda_graphs else " and --compile")
+    return f"{device}: {threads}{products}, {compiled} ({options} say otherwise)"
 
 
-def check_graphs(config: Config) -> None:
+def check_graphs(config: Config, *, is_sharded: bool = False) -> None:
     """Refuse to replay a step that cannot be recorded.
 
     Raises:
@@ -66,9 +67,16 @@ def check_graphs(config: Config) -> None:
     device = find_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs=True, but the run is on {device}: say --no-cuda-graphs, or --device cuda")
-    if config.cuda_graphs and (config.compile is False or config.shard):
-        what = "shard=True" if config.shard else "compile=False"
-        raise UserError(f"cuda_graphs=True with {what}: what is recorded is the compiled step of a whole model")
+    if config.cuda_graphs and config.compile is False:
+        raise UserError(
+            "cuda_graphs=True, but compile=False: it is the compiled step that is recorded; say --compile, or "
+            "--no-cuda-graphs"
+        )
+    if config.cuda_graphs and is_sharded:
+        raise UserError(
+            "cuda_graphs=True, but shard=True: it is the step of a whole model that is recorded; say --no-shard, or "
+            "--no-cuda-graphs"
+        )
 
 
 def compile_options(config: Config) -> bool | dict[str, str]:

@@ -113,7 +113,7 @@ def new_run(config: Config, processes: World) -> Run:
 def prepare_run(config: Config, shape: LlamaConfig, processes: World, set_weights: Callable[[Llama], None]) -> Run:
     """Read the texts and build what the loop works on."""
     _check_shares(config, processes)
-    check_graphs(config)
+    check_graphs(config, is_sharded=_is_sharded(config, processes))
     set_threads(config.threads)
     folder, console = Path(config.out), Console(quiet=not processes.is_main)
     settings = Settings.of(

@@ -78,7 +78,9 @@ def resume_run(folder: Path, options: Options | None = None, processes: World | 
         config = replace(config, data=located_sources(config.data))
     check_given_again(options or {}, config)
     if (options or {}).get("device", "auto") == "auto":
-        config = replace(config, device=available_device(told.device))
+        device = available_device(told.device)
+        is_replayed = config.cuda_graphs and (device == told.device or "cuda_graphs" in (options or {}))
+        config = replace(config, device=device, cuda_graphs=is_replayed)
     processes = on_device(config, processes)
     processes.on_main(lambda: latest_checkpoint(folder))  # a folder without one stays as it is
     with ExitStack() as held:

@@ -109,13 +109,13 @@ class Movement(NamedTuple):
 
 
 def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]:
-    """Yield how far each pair of factors has moved, made when it is asked for.
+    """Yield how far each pair of factors has moved, made when it is asked for, its differences with those of others.
 
     Args:
         factors: A', B' of the first pair, of the second, and so on. before: copies of them before the step.
     """
-    for begin in range(0, len(factors), 2 * _PAIRS_TOGETHER):
-        new, old = (some[begin : begin + 2 * _PAIRS_TOGETHER] for some in (factors, before))
+    starts = range(0, max(len(factors), len(before)), 2 * _PAIRS_TOGETHER)
+    for new, old in ((factors[i : i + starts.step], before[i : i + starts.step]) for i in starts):
         moved = _differences(new, old)
         for new_A, B, moved_A, moved_B in zip(new[::2], old[1::2], moved[::2], moved[1::2], strict=True):
             yield Movement(torch.cat((moved_B, B), dim=-1), torch.cat((new_A, moved_A), dim=-2))
@@ -123,7 +123,7 @@ def movements(factors: list[Tensor], before: list[Tensor]) -> Iterator[Movement]
 
 def _differences(new: list[Tensor], old: list[Tensor]) -> Sequence[Tensor]:
     """Return the differences of tensors; on a GPU in one launch, or few."""
-    if any(is_sharded(tensor) for tensor in new):
+    if len(new) != len(old) or any(is_sharded(tensor) for tensor in new):
         return [a - b for a, b in zip(new, old, strict=True)]
     return torch._foreach_sub(new, old)
 

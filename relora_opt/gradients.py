@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .release import ProjectedGradient, numbers_of
 from .sharding import full, laid_out_as, mesh_of
-from .state import LowRankState
+from .state import LowRankState, copies
 from .weight import project
 
 
@@ -78,6 +78,13 @@ def _total_norm(parts: Iterable[list[Tensor]]) -> Tensor:
     """Return the norm of gradients together, in lists that one operation can take."""
     norms = [full(nn.utils.get_total_norm(part)) for part in parts]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
+
+
+def keep_(parameters: Iterable[Tensor]) -> None:
+    """Copy the gradients that these have: they lie where the next replay of a CUDA graph writes."""
+    given = [(p, p.grad) for p in parameters if p.grad is not None]
+    for (p, _), copy in zip(given, copies([gradient for _, gradient in given]), strict=True):
+        p.grad = copy
 
 
 def average_(parameters: Iterable[Tensor], process_group: dist.ProcessGroup) -> None:

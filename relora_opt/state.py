@@ -100,7 +100,7 @@ class Before:
 
     def __init__(self, weights: Sequence[LowRankState], base: Optimizer) -> None:
         self._weights = weights
-        self._copies = _copies(factors_of(weights))
+        self._copies = copies(factors_of(weights))
         self._moves_idle = not type(base).__module__.startswith("torch.optim.")
 
     def moved(self) -> tuple[list[LowRankState], list[Tensor]]:
@@ -124,12 +124,12 @@ def _written(places: Sequence[tuple[LowRankState, tuple[Tensor, Tensor]]]) -> se
     return {weight.W for (weight, _), is_other in zip(places, differ, strict=True) if is_other}
 
 
-def _copies(factors: list[Tensor]) -> list[Tensor]:
-    """Return copies of factors; on a GPU in one launch, or few."""
-    if not factors or any(is_sharded(factor) for factor in factors):
-        return [factor.clone() for factor in factors]
-    made = [torch.empty_like(factor) for factor in factors]
-    torch._foreach_copy_(made, factors)
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors; on a GPU in one launch, or few."""
+    if not tensors or any(is_sharded(tensor) or tensor.is_sparse for tensor in tensors):
+        return [tensor.clone() for tensor in tensors]
+    made = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(made, tensors)
     return made
 
 

@@ -126,14 +126,14 @@ class Step:
         """Add the gradients of a micro-batch; return its detached loss, and what else there is."""
         if self._is_compiled:
             self._functional.follow()
-        without = self._to_outlast() if self._is_replayed else []
+        without = self._without_gradient() if self._is_replayed else []
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
         loss, aux = pytree.tree_map_only(Tensor, Tensor.detach, (loss, aux))
         if self._is_replayed:
             _check_aux(aux)
             loss, aux = pytree.tree_map_only(Tensor, Tensor.clone, (loss, aux))
-            self._keep_gradients(without)
+            gradients.keep_(without)
         return loss, aux
 
     def _update(self) -> None:
@@ -182,21 +182,10 @@ class Step:
         self._losses.clear()
         self.optimizer.zero_grad()
 
-    def _to_outlast(self) -> list[Tensor]:
-        """Return those without gradients yet whose gradients of the coming pass must outlast the next replay.
-
-        Those of an update's last pass are used up before it, but for what this optimizer does not train.
-        """
+    def _without_gradient(self) -> list[Tensor]:
+        """Return all whose gradients a pass may make that have none yet."""
         unique = {id(p): p for p in (*self._model.parameters(), *self._functional.parameters())}
-        if self._num_begun + 1 == self.accumulate:
-            for p in (*self.optimizer.parameters(), *self._functional.factors()):
-                unique.pop(id(p), None)
         return [p for p in unique.values() if p.grad is None]
-
-    def _keep_gradients(self, parameters: list[Tensor]) -> None:
-        """Copy the gradients that these parameters were given: they lie where the next replay of a graph writes."""
-        for p in parameters:
-            p.grad = p.grad if p.grad is None else p.grad.clone()
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all processes; it waits for the device."""

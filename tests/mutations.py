@@ -698,7 +698,7 @@ MUTATIONS = (
     Mutation(
         "leave gradients where the next replay of a graph writes",
         "step.py",
-        "            self._keep_gradients(without)",
+        "            gradients.keep_(without)",
         "            pass",
         ("test_replays.py", "train_as_without"),
     ),
@@ -708,6 +708,13 @@ MUTATIONS = (
         "(*self._model.parameters(), *self._functional.parameters())",
         "(*self._functional.parameters(),)",
         ("test_replays.py", "another_optimizer"),
+    ),
+    Mutation(
+        "move all weights by the first few's factors",
+        "factors.py",
+        "before[i : i + starts.step]",
+        "before[: starts.step]",
+        ("test_laws_step.py", "every_pair_of_factors"),
     ),
     Mutation(
         "return the very loss that the next replay overwrites",

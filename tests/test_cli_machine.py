@@ -55,8 +55,11 @@ def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch)
     ("options", "said"),
     [
         ({"device": "cpu"}, "cuda_graphs=True, but the run is on cpu: say --no-cuda-graphs, or --device cuda"),
-        ({"device": "cuda", "compile": False}, "cuda_graphs=True with compile=False"),
-        ({"device": "cuda", "shard": True}, "cuda_graphs=True with shard=True"),
+        (
+            {"device": "cuda", "compile": False},
+            "compile=False: it is the compiled step that is recorded; say --",
+        ),
+        ({"device": "cuda", "shard": True}, "shard=True: it is the step of a whole model that is recorded; say --no-"),
     ],
     ids=str,
 )
@@ -65,8 +68,8 @@ def test_a_step_that_cannot_be_recorded_is_refused(
 ) -> None:
     monkeypatch.setattr(machine, "find_device", torch.device)
     with pytest.raises(UserError, match=re.escape(said)):
-        check_graphs(resolve({"cuda_graphs": True, **options}))
-    check_graphs(resolve(options))
+        check_graphs(resolve({"cuda_graphs": True, **options}), is_sharded="shard" in options)
+    check_graphs(resolve(options), is_sharded="shard" in options)
 
 
 def test_a_step_is_recorded_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

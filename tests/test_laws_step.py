@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_opt import JaggedSchedule
+from relora_opt.factors import movements
 
 DOUBLE = torch.float64
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -279,6 +280,34 @@ def test_a_small_step_of_large_factors_moves_the_weight_to_the_last_digits() -> 
     optimizer.step()
     exact = 3.0 / 4 * (B.detach().double() @ A.detach().double() - before[1] @ before[0])
     assert float((model.weight.detach() - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_every_pair_of_factors_has_its_own_movement() -> None:
+    """Of matrices and batches of them, in float32 and float64, of some sizes."""
+    shapes = [(6, 5), (7, 4), (3, 6, 5), (5, 5), (2, 4, 6), (6, 5), (8, 3), (3, 6, 5), (9, 9)]
+    factors, before = (
+        [
+            torch.randn(*batch, *size, dtype=DOUBLE if number % 3 else torch.float32)
+            for number, (*batch, m, n) in enumerate(shapes)
+            for size in ((2, n), (m, 2))
+        ]
+        for _ in range(2)
+    )
+    moved = list(movements(factors, before))
+    pairs = zip(factors[::2], factors[1::2], before[::2], before[1::2], strict=True)
+    for (left, right), (new_A, new_B, A, B) in zip(moved, pairs, strict=True):
+        torch.testing.assert_close(left @ right, new_B @ new_A - B @ A)
+    with pytest.raises(ValueError, match="zip"):
+        list(movements(factors, before[:-2]))
+
+
+def test_a_restart_leaves_the_global_random_numbers_alone() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(100))
+    optimizer.make_step(model, mse, compile=False)(*batch(0))
+    before = torch.get_rng_state()
+    optimizer.restart()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_state_that_is_loaded_in_the_middle_of_an_update_begins_it_anew() -> None:

@@ -186,7 +186,7 @@ def test_graphs_for_everything_are_known() -> None:
 
 def test_a_run_that_is_replayed_trains_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches an update, evaluations between, the switch and three restarts."""
-    monkeypatch.setattr(relora_opt_cli.run, "check_graphs", lambda config: None)  # which wants a GPU
+    monkeypatch.setattr(relora_opt_cli.run, "check_graphs", lambda config, **_: None)  # which wants a GPU
     options = {"base": "sgd", "lr": 0.5}
     replayed = run_tiny(tmp_path, out=str(tmp_path / "replayed"), compile=True, cuda_graphs=True, **options)
     eager = run_tiny(tmp_path, out=str(tmp_path / "eager"), compile=False, **options)

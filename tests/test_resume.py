@@ -19,7 +19,7 @@ import torch
 from relora_opt_cli import machine, saving, train
 from relora_opt_cli.changes import changes
 from relora_opt_cli.checkpoint import checkpoints, read_config, read_identity, read_progress, save_progress
-from relora_opt_cli.config_file import load_config_file
+from relora_opt_cli.config_file import load_config_file, to_toml
 from relora_opt_cli.corpus import Settings, prepare
 from relora_opt_cli.data import Batches
 from relora_opt_cli.errors import UserError
@@ -631,6 +631,33 @@ def test_the_threads_that_a_process_of_several_has_are_not_those_of_the_run_for_
     assert "  threads: 1 -> 2; sums may round differently" in capsys.readouterr().out
     assert load_config_file(run / "config.toml")["threads"] == 4
     assert read_config(checkpoints(run)[-1])["threads"] == 4
+
+
+def test_a_step_that_cannot_be_recorded_here_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    said = "cuda_graphs=True, but the run is on cpu"
+    with pytest.raises(UserError, match=said):
+        run_tiny(tmp_path, steps=10, device="cpu", cuda_graphs=True)
+    assert not (tmp_path / "run").exists()
+    run = run_tiny(tmp_path, steps=10, device="cpu")
+    with pytest.raises(UserError, match=said):
+        resume_run(run, {"steps": 12, "cuda_graphs": True})
+    assert rows(run)[-1].update == 10
+
+
+def test_a_run_of_recorded_steps_goes_on_where_there_is_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_tiny(tmp_path, steps=10, device="cpu", compile=False)
+    newest, config = checkpoints(run)[-1], run / "config.toml"
+    recorded = {"device": "cuda", "cuda_graphs": True, "compile": True}
+    save_progress(newest, read_progress(newest), {**read_config(newest), **recorded})
+    config.write_text(to_toml(replace(resolve(load_config_file(config)), **recorded)))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    resume_run(run, {"steps": 12, "compile": False})
+    said = capsys.readouterr().out
+    assert "  cuda_graphs: True -> False; sums may round differently" in said
+    assert rows(run)[-1].update == 12
+    assert load_config_file(config)["cuda_graphs"] is False
 
 
 def test_other_threads_or_a_device_that_is_not_to_be_had_are_listed(
