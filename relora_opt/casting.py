@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inner import Base, step
+from .inner import Base, used_state
 from .sharding import is_sharded
 from .state import Entry, is_low_rank
 
@@ -48,16 +48,10 @@ class StateDtypes:
 
     def _try(self, number: int, dtype: torch.dtype, dim: int, device: torch.device) -> Any:
         """Return the state of a small parameter after an update; none where the base cannot be tried."""
-        scratch = torch.zeros((2,) * dim, dtype=dtype, device=device)
-        devices = [] if device.type == "cpu" else [device]
         try:
-            with torch.random.fork_rng(devices, device_type=device.type):
-                optimizer = self._base.build([{**self._groups[number], "params": [scratch], "lr": 0.01}])
-                scratch.grad = torch.ones_like(scratch)
-                step(optimizer)
+            return used_state(self._base, self._groups[number], torch.empty((2,) * dim, dtype=dtype, device=device))
         except Exception:  # whatever it raises: the state stays as it was saved
             return None
-        return dict(optimizer.state[scratch])
 
 
 def _cast(value: Any, like: Any) -> Any:

@@ -3,6 +3,7 @@
     Base          what the user gave, class or factory, with its keyword arguments: groups -> Optimizer
     Inner         the base optimizer over factors and dense parameters, whose state lives in the outer optimizer's
     step          one update of a base optimizer that fires no step hook (the outer optimizer's fire once)
+    used_state    what a base keeps of a tensor after an update, found by trying it
 
 This file does not know clocks or models.
 """
@@ -257,6 +258,17 @@ def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     """Run one update without the profiling wrapper that torch puts around `step`, which fires the global hooks."""
     function = inspect.unwrap(type(optimizer).step, stop=lambda wrapper: not getattr(wrapper, "hooked", False))
     return function(optimizer) if closure is None else function(optimizer, closure)
+
+
+def used_state(base: Base, group: Group, like: Tensor) -> State:
+    """Return what a base keeps of a tensor like this one, on its device, after one update; the base may draw for it."""
+    scratch = torch.zeros_like(like)
+    devices = [] if like.device.type == "cpu" else [like.device]
+    with torch.random.fork_rng(devices, device_type=like.device.type):
+        optimizer = base.build([{**group, "params": [scratch], "lr": 0.01}])
+        scratch.grad = torch.ones_like(scratch)
+        step(optimizer)
+    return dict(optimizer.state[scratch])
 
 
 def _trained(group: Group, state: Any) -> Iterator[Tensor]:

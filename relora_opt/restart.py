@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from . import prune
 from .factors import draw_generator, factor_dtype, matrix_shape
 from .groups import Selected
-from .inner import Base, Group, State, step
+from .inner import Base, Group, State, step, used_state
 from .state import OPTIONS
 
 _TRIALS = 8  # steps: some bases begin to adapt after a few
@@ -56,7 +56,7 @@ def check_prunable(weights: Iterable[Selected], base: Base, options: Sequence[Gr
             factor = torch.empty(shape, dtype=factor_dtype(W.dtype), device="cpu" if W.is_meta else W.device)
             if (number, factor.shape) not in seen:
                 seen.add((number, factor.shape))
-                prune.check_maskable(_used_state(base, options[number], factor), factor.shape, strategy, base.name)
+                prune.check_maskable(used_state(base, options[number], factor), factor.shape, strategy, base.name)
 
 
 def prune_states_(
@@ -183,15 +183,6 @@ class FreshState:
             step(used_base)
             step(fresh_base)
         return torch.equal(used, fresh)
-
-
-def _used_state(base: Base, group: Group, factor: Tensor) -> State:
-    """Return what the base keeps of a tensor like `factor`, on its device, after one update."""
-    scratch = torch.zeros_like(factor)
-    optimizer = base.build([{**group, "params": [scratch], "lr": 0.01}])
-    scratch.grad = torch.ones_like(scratch)
-    step(optimizer)
-    return dict(optimizer.state[scratch])
 
 
 def _numbers(group: Group) -> dict[str, Any]:
