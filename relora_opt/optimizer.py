@@ -12,13 +12,12 @@ effective weight at every moment: evaluation, `state_dict()` and export need no 
 Source: Lialin et al. 2023, arXiv 2307.05695, Algorithm 1. This file sequences; the mathematics is in factors.py,
 weight.py, schedule.py and prune.py, the weights that have factors in factored.py, the layout of their state in
 state.py, the base optimizer in inner.py, its matched scale in matched.py, what a restart does to its state in
-restart.py, what is loaded in loading.py.
+restart.py, its checkpoints in saved.py.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet
 
@@ -29,11 +28,8 @@ from torch.optim import Optimizer
 
 from . import gradients, inner, phantom, pointing, release
 from . import prune as pruning
-from .casting import StateDtypes
-from .factored import FactoredOptimizer
 from .factors import INITS, movements, product_norm
 from .groups import (
-    MATCHED,
     LowRank,
     Params,
     ResolvedGroup,
@@ -42,26 +38,13 @@ from .groups import (
     resolve_added_group,
     resolve_groups,
 )
-from .loading import (
-    check_clock,
-    check_layouts,
-    check_loadable,
-    check_names,
-    check_scales,
-    loaded,
-    saved_scales,
-    with_empty_states,
-)
 from .restart import check_prunable, prune_states_, reset_counters_
+from .saved import SavedOptimizer
 from .schedule import JaggedSchedule
 from .select import Targets
 from .state import (
-    CLOCK,
-    FORMAT,
-    NAMES,
     Before,
     LowRankState,
-    detached,
     factors_of,
     is_low_rank,
     move_weights_,
@@ -78,7 +61,7 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 
-class ReLoRAOptimizer(FactoredOptimizer):
+class ReLoRAOptimizer(SavedOptimizer):
     """Train the chosen weights of any model by a sequence of low-rank updates, and everything else densely.
 
     Args:
@@ -126,9 +109,7 @@ class ReLoRAOptimizer(FactoredOptimizer):
     _begun: ReferenceType[Step] | None  # the step that is in the middle of an update
     _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
-    _fresh: Collection[str] | None = None  # what set_clock said
     _num_breaks: int  # how often gradients were used, dropped or made void: whoever accumulates some begins anew
-    _is_template = False  # whether the state may be what a phantom step, which is no update, has made up
     _is_built = True  # False inside __init__
 
     def __init__(
@@ -253,89 +234,6 @@ class ReLoRAOptimizer(FactoredOptimizer):
             self._make_entries()  # what is saved before its first update has its factors
         self._changed()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: factors, the base optimizer's state of them, and the clock, in `param_groups`.
-
-        Beside these, "low_rank" holds the names of the low-rank weights, where there are any, and their scales, for who
-        loads it.
-        """
-        self._restore_models()
-        self._check_groups()
-        self.state.update(self._drafts)
-        try:
-            packed = super().state_dict()
-        finally:
-            for W in self._drafts:  # `state` stays empty until the first update
-                del self.state[W]
-        entries = packed["state"].items()
-        packed["state"] = {key: detached(entry) if is_low_rank(entry) else entry for key, entry in entries}
-        scales = {selected.slot.name: self._scale(selected) for selected in self._selected()}
-        return {**packed, NAMES: scales} if scales else packed
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken, bitwise. Factors in use are overwritten in place.
-
-        Dtypes are kept, but for what follows a parameter's own, where that is another one now.
-
-        Raises:
-            ValueError: where the state is another optimizer's, of an unknown format, of other weights or ranks, or
-                disagrees with its own counters.
-        """
-        self._restore_models()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        state_dict = with_empty_states(state_dict, self._selected(), self._fresh or ())
-        check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
-        check_names(state_dict, self.selected)
-        check_layouts(state_dict, self._selected())
-        self._adopt_scales(saved_scales(state_dict), state_dict["param_groups"])
-        if self._drafts:
-            self._make_entries()
-        live = dict(self.state)
-        pre, post = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()  # called last: what they put here stays
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre, post
-        # torch has cast every floating tensor to its parameter's dtype: here the saved ones take their places.
-        dtypes = StateDtypes(self._base, self._options)
-        for number, (group, saved_group) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
-            for W, index in zip(group["params"], saved_group["params"], strict=True):
-                saved = state_dict["state"].get(index)
-                if saved is not None:
-                    on_device = bool(group.get("fused") or group.get("capturable"))
-                    entry = loaded(saved, live.get(W), W, moves_counters=on_device)
-                    self.state[W] = dtypes.cast_entry(entry, number, W)
-        for group in self.param_groups:
-            group.setdefault("pointing", 0)  # of a state saved before there was pointing
-            if not any(is_low_rank(self.state.get(W)) for W in group["params"]):
-                group["pointing"] = self._num_sketches(group)  # factors to come are drawn by this optimizer's init
-            group["relora_format"] = FORMAT
-        self._fix_scales()
-        for factor in self._all_factors():
-            factor.grad = None  # as at a restart: it belongs to the A before
-        for W, *_ in self._selected():
-            W.grad = W.grad if release.is_dense(W.grad) else None
-        self._moved, self._pruned, self._last_lr, self.grad_norm = None, {}, [], None
-        self._is_template, self._begun = self.num_updates == 0, None
-        self._num_breaks += 1
-        self._changed()
-        for loaded_hook in post.values():
-            loaded_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if not hasattr(self, "_functionals"):  # a copy; load_state_dict comes through here too
-            self._init_transients()
-            self._attach(takes_over=True)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler must leave unscaling to `step`, which refuses: it does not know the factors' gradients.
@@ -384,58 +282,6 @@ class ReLoRAOptimizer(FactoredOptimizer):
         for W, slot, _, _ in self._selected():
             W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
-
-    @property
-    def clock(self) -> dict[str, Any]:
-        """The counters, and what else a template of the state is made by: for `set_clock`.
-
-        `fresh` lists the low-rank weights of whose factors the base holds no state, and `scales` has the scales that
-        are matched. Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
-        """
-        fresh = [s.slot.name for s in self._selected() if not self.state.get(s.W, {}).get("A_state")]
-        counters: dict[str, Any] = {name: self.param_groups[0][name] for name in CLOCK}
-        scales = {s.slot.name: self._scale(s) for s in self._selected() if s.group["scale"] == MATCHED}
-        return {**counters, "fresh": fresh if self.is_low_rank else [], "scales": scales}
-
-    def set_clock(
-        self,
-        *,
-        num_updates: int,
-        num_restarts: int,
-        last_restart: int,
-        fresh: Sequence[str] | None = None,
-        scales: Mapping[str, float] | None = None,
-    ) -> None:
-        """Set the counters of a fresh optimizer, so that its state takes the form it has at that update.
-
-        `load_state_dict` sets them by itself; torch.distributed.checkpoint, which needs a template of the state
-        first, is what this is for: keep `clock` beside its files, and give it back as `set_clock(**clock)`.
-
-        Args:
-            fresh: the names of the low-rank weights of whose factors the base holds no state; left out, all of them at
-                the switch, and none later.
-            scales: the matched scales by the names of weights; left out, those that this optimizer finds.
-
-        Raises:
-            ValueError: where the optimizer holds state already, the counters are impossible, or a matched scale is
-                another one here.
-        """
-        if self.state:
-            raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
-        check_clock(num_updates, num_restarts, last_restart, fresh)
-        if fresh is None:
-            fresh = self.selected if num_updates == last_restart and not num_restarts else ()
-        scales = dict(scales or {})
-        unknown = sorted({*fresh, *scales} - {*self.selected})
-        if unknown:
-            raise ValueError(f"fresh, scales: {unknown} are no low-rank weights of this optimizer: construct it alike")
-        check_scales(scales)
-        self._adopt_scales(scales, self.param_groups)
-        for group in self.param_groups:
-            group.update(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
-        self._fresh = fresh
-        self._drafts.clear()
-        self._changed()
 
     def has_finite_gradients(self) -> bool:
         """Say whether the norm of factor and dense gradients is finite; it waits for the device."""
@@ -544,6 +390,11 @@ class ReLoRAOptimizer(FactoredOptimizer):
         self.grad_norm = None
         self._num_breaks = 0
 
+    def _forget_update(self) -> None:
+        """Forget what is known of the last update, and what was begun of the next: the state is another one."""
+        self._moved, self._pruned, self._last_lr, self.grad_norm, self._begun = None, {}, [], None, None
+        self._num_breaks += 1
+
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         """Make one update, and what is due before and after it; return what the base returns."""
         base = self._inner.current(self.param_groups, self.state)
@@ -608,9 +459,6 @@ class ReLoRAOptimizer(FactoredOptimizer):
         """Undo what a backward pass that failed may have left behind."""
         for functional in self._functionals:
             functional.restore()
-
-    def _clock(self) -> dict[str, int]:
-        return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}
 
     def _num_sketches(self, group: Group) -> int:
         """Return how many sketches point the A's of a group at the start of a cycle."""
@@ -707,24 +555,3 @@ def _check_step(closure: object) -> None:
 
 def _without_parameters(options: Group) -> Group:
     return {key: value for key, value in options.items() if key != "params"}
-
-
-_OWN = (
-    "schedule",
-    "init",
-    "prune",
-    "max_grad_norm",
-    "release_grads",
-    "seed",
-    "measures_updates",
-    "_low_rank",
-    "_base",
-    "_slots",
-    "_options",
-    "_scales",
-    "_with_alpha",
-    "_matched",
-    "_fresh",
-    "_is_template",
-    "_passes_closure",
-)
