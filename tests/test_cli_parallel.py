@@ -507,7 +507,8 @@ def test_a_sharded_run_is_not_put_together_from_different_weights(tmp_path: Path
     body = "if rank == 1: os.chdir('there')"
     begun = [*options(text), "--init-from", "run/export", "--out", "new", "--shard"]
     (line,) = said(sabotaged(tmp_path, body, *begun))
-    assert line == "rank 1: the weights are not those of rank 0 (init_from='run/export'): copy those"
+    there = str(tmp_path / "there" / "run" / "export")
+    assert line == f"rank 1: the weights are not those of rank 0 (init_from={there!r}): copy those"
     folders = [tmp_path / place / "run" / "checkpoints" for place in ("", "there")]
     for folder in folders:
         shutil.rmtree(folder / "00000012")
