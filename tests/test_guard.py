@@ -45,11 +45,16 @@ EIGHTH = pytest.param(slice(0, None, 8), id="an eighth")
 
 @pytest.mark.parametrize("part", [EIGHTH, pytest.param(slice(None), id="all", marks=pytest.mark.slow)])
 def test_no_update_of_the_recorded_runs_is_skipped(part: slice) -> None:
-    """Restarts, switches, high rates and rivals, half a million updates: the largest jump is of 6 deviations."""
-    assert len(RUNS) > 400
+    """Restarts, switches, high rates and rivals, nine hundred thousand updates.
+
+    But of one: at 16 times its best rate a run jumps by two nats, to above what it began with.
+    """
+    assert len(RUNS) > 700
     for path in RUNS[part]:
-        losses = json.loads(path.read_text())["train_loss"]
-        assert not reasons(Guard(), losses), path.name
+        run = json.loads(path.read_text())
+        explodes = run["spec"]["size"] == "w512" and run["spec"]["settings"]["lr"] == 8e-3
+        skipped = reasons(Guard(), run["train_loss"])
+        assert not skipped or (explodes and len(skipped) == 1), path.name
 
 
 def test_a_loss_that_explodes_is_skipped_wherever_enough_are_known() -> None:
