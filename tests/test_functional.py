@@ -342,6 +342,7 @@ def test_a_weight_that_is_changed_in_place_with_gradients_enabled_is_refused(cha
     ids=["vmap", "grad", "jacrev", "jvp"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch 2.14's
 def test_the_transforms_of_torch_func_raise(transformed: Any) -> None:
     model = mlp()
     with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):

@@ -402,6 +402,7 @@ def test_what_asks_for_a_dense_gradient_within_the_loss_is_refused(ask: Any) -> 
 
 @pytest.mark.parametrize("path", ["functional", "step"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script says that it is old
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # and so it does in torch 2.14
 def test_a_scripted_layer_trains_as_on_the_dense_path(path: str) -> None:
     def build() -> nn.Module:
         inner = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)))
