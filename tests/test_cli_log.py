@@ -224,7 +224,8 @@ def test_an_interrupted_run_has_told_tensorboard_everything(tmp_path: Path, numb
 
 
 @needs("tensorboard")
-@pytest.mark.parametrize("extra", [pytest.param([], marks=pytest.mark.slow), ["--shard"]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["--shard"]], ids=str)
 def test_of_several_processes_the_first_alone_tells(tmp_path: Path, extra: list[str]) -> None:
     python, _, *words = command(tmp_path, "tensorboard")
     # The dashes: torchrun of Python 3.11 takes --log for its own --log-dir, wherever it stands.

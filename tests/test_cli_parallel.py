@@ -175,8 +175,8 @@ def options(text: Path, *, steps: int = 12) -> list[Any]:
 @pytest.mark.parametrize(
     "extra",
     [
-        ("--micro-batch-size", 2, "--shard"),
-        pytest.param(("--micro-batch-size", 2), marks=pytest.mark.slow),
+        ("--micro-batch-size", 2),
+        pytest.param(("--micro-batch-size", 2, "--shard"), marks=pytest.mark.slow),
         pytest.param(("--shard",), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -76,7 +76,9 @@ def test_the_inventory_holds_every_optimizer_of_torch() -> None:
     assert len(DENSE) > 150
 
 
-@pytest.mark.parametrize("variables", [{}, {"CI": "true"}], ids=["as it is", "CI"])
+@pytest.mark.parametrize(
+    "variables", [{}, pytest.param({"CI": "true"}, marks=pytest.mark.slow)], ids=["as it is", "CI"]
+)
 def test_reading_the_inventory_leaves_hypothesis_as_it_was(variables: dict[str, str]) -> None:
     """Hypothesis chooses a profile by the environment, torch's module sets its own; a new process sees the import."""
     script = (
