@@ -145,8 +145,8 @@ def fsdp2_of_odd_shapes(rank: int, dtype: torch.dtype, init: str) -> None:
     train(one, alone, range(LAST))
     train(many, optimizer, range(LAST), rank)
     for (name, ours), theirs in zip(many.named_parameters(), one.parameters(), strict=True):
-        # Of 16 updates at a rate of 0.01: passes in bfloat16 round otherwise, more or less so on each processor.
-        tolerance = CLOSE if dtype == torch.float32 else {"rtol": 0, "atol": 0.04}
+        # One of the 16 updates the other way, at a rate of 0.01: processors round passes in bfloat16 otherwise.
+        tolerance = CLOSE if dtype == torch.float32 else {"rtol": 0, "atol": 0.02}
         torch.testing.assert_close(whole(ours), theirs.detach(), **tolerance, msg=lambda text, n=name: f"{n}: {text}")
         if dtype == torch.bfloat16 and ours.dim() > 1:
             assert torch.equal(whole(ours), whole(optimizer.state[ours]["master"]).bfloat16())
