@@ -113,7 +113,7 @@ def measure(keys: list[str], shape: Shape, arguments: argparse.Namespace) -> lis
     """Time the contenders beside each other and return their rows; full rank is the first of them."""
     if not arguments.no_memory:
         print("measuring memory", file=sys.stderr)  # first: what fails there costs no timings
-    peaks = dict.fromkeys(keys, 0) if arguments.no_memory else _peaks(keys, arguments)
+    peaks = dict.fromkeys(keys) if arguments.no_memory else _peaks(keys, arguments)
     trainers, num_parameters = {}, 0
     for key in keys:
         print(f"building {CONTENDERS[key].name}", file=sys.stderr)

@@ -15,7 +15,8 @@ class Row:
         seconds: of every timed update, all its micro-batches together.
         ratio: median of full-rank AdamW's seconds / own, round by round.
         bound: the ratio that the products of matrices allow.
-        peak_bytes: how far a step raises resident memory above what it is between steps: gradients, activations.
+        peak_bytes: how far a step raises resident memory above what it is between steps: gradients, activations;
+            None where that was not measured.
         state_bytes: persistent, beside the weights: optimizer state and factors.
         sent_bytes: gradients that a data-parallel step would send, and that lie there between backward and update.
         kept_bytes: what selected weights keep: themselves, factors, state and gradients.
@@ -27,7 +28,7 @@ class Row:
     seconds: list[float]
     ratio: float
     bound: float
-    peak_bytes: int
+    peak_bytes: int | None
     state_bytes: int
     sent_bytes: int
     kept_bytes: int
@@ -57,10 +58,11 @@ def table(rows: list[Row], num_tokens: int) -> str:
     ]
     full = rows[0].kept_bytes
     for row in sorted(rows, key=lambda row: row.median):
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
         restart = "" if row.restart_seconds is None else f"{1000 * row.restart_seconds:.0f}"
         lines.append(
             f"{row.name:36} {1000 * row.median:8.0f} {1000 * row.spread:5.0f} {num_tokens / row.median:9.0f} "
-            f"{row.ratio:6.3f} {row.bound:6.3f} {row.ratio / row.bound:6.3f} {row.peak_bytes / 1e6:8.0f} "
+            f"{row.ratio:6.3f} {row.bound:6.3f} {row.ratio / row.bound:6.3f} {peak:>8} "
             f"{row.state_bytes / 1e6:8.1f} {row.sent_bytes / 1e6:8.1f} "
             f"{row.kept_bytes / full:6.3f} {restart:>10}"
         )

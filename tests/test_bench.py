@@ -13,6 +13,7 @@ from bench import convergence, grids, pictures, report
 from bench.convergence import Spec
 from bench.methods import BETAS, MAX_NORM, Dense, ReLoRA, is_matrix, loss_fn, outer
 from bench.plans import PLANS
+from bench.step_table import Row, table
 from bench.variants import Variant, Weight
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 from relora_opt.factors import draw_a, draw_generator
@@ -255,3 +256,10 @@ def test_a_matrix_is_a_linear_layer_inside_the_trunk() -> None:
     named = {name for name, p in model.named_parameters() if is_matrix(name)}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert named == linear - {"lm_head.weight"}
+
+
+def test_a_peak_that_was_not_measured_has_no_number() -> None:
+    rows = [Row(f"peak {peak}", [0.1, 0.2, 0.3], 1.0, 1.0, peak, 0, 0, 1, None, {}) for peak in (5_000_000, None)]
+    head, *lines = table(rows, 64).splitlines()
+    end = head.index("peak MB") + len("peak MB")
+    assert [line[end - 7 : end].strip() for line in lines] == ["5", ""]
