@@ -25,12 +25,12 @@ _LARGEST = 2**22  # numbers in a matrix to try the base on; 16 MB, and the base'
 def matched_scale(base: Base, groups: list[Group], number: int, A: Tensor, *, num_rows: int) -> float:
     """Return the scale s with which the base's update of B moves W as far as its update of W itself would.
 
-    As far in RMS, at the same rate, for gradients of the same norm that lie in A's span. Where the size of an update
-    U goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For
-    orthonormal rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
-    "match_rms_adamw"). It is found by trying the base, at a rate of 1: the rates that a user or a scheduler sets, 0
-    among them, do not matter. Global random numbers are as they were afterwards. The scale has four digits: processes
-    and devices, which round differently, agree on them.
+    As far in RMS, at the same rate, for gradients of the same norm that lie in A's span. Where the size of an update U
+    goes with the p-th power of the gradient (p = 0: Adam; p = 1: SGD), s^(1 + p) |U(G A^T) A| = |U(G)|. For orthonormal
+    rows of A that gives sqrt(n / r) for Adam and its kin, and 1 for SGD and for Muon (sqrt(n / r) under its
+    "match_rms_adamw", and sqrt(m / n) for a wide W under "spectral_unclamped"). It is found by trying the base, at a
+    rate of 1: the rates that a user or a scheduler sets, 0 among them, do not matter. Global random numbers are as they
+    were afterwards. The scale has four digits: processes and devices, which round differently, agree on them.
 
     Args:
         groups: the base's options, group by group.
