@@ -1,0 +1,366 @@
+"""Many runs of one size as one computation: their weights are stacked, and a step is a step of all of them.
+
+    python -m bench.convergence run PLAN --together 64 --device cuda
+
+One model of width 128 leaves an accelerator idle, and processes that share it wait for each other; the products of 64
+such models are one batch. Runs may differ in everything but their size and their length: text, seed, rates, rank,
+clock, and what else `Settings` has. The model is `relora_opt_cli.model.Llama` and the method that of
+`ReLoRAOptimizer` over AdamW, both written out for stacks; the factors are drawn as the optimizer draws them, so that a
+run here and one by `methods.ReLoRA` or `methods.Dense` differ by rounding (tests/test_bench_ensemble.py).
+
+    W (R, m, n), its dense gradient G;   A (R, r, n), B (R, m, r), the rows and columns above a run's rank zero
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from relora_opt_cli.model import Llama
+from torch import Tensor
+
+from relora_opt import JaggedSchedule
+from relora_opt.factors import draw_a, draw_generator
+
+from .methods import BETAS, MAX_NORM, is_matrix, outer
+
+EPS = 1e-8
+HEADS = LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run may choose. Rank 0 is full rank.
+
+    dense_from, dense_to    updates from .. to are made at full rank, on the whole weights, with moments of their own
+    cooling                 the share of a cycle, its last, over which the rate falls to `floor` of what it would be
+    average                 a restart leaves W at the mean of its values over the cycle, weighted by this decay
+    redraws                 False: a restart keeps A and zeroes B
+    init_scale              multiplies the matrices that the run starts from
+    beta1, beta2            of the factors, or of full rank's matrices
+    a_rate                  multiplies A's rate
+    """
+
+    lr: float
+    rest_lr: float
+    rank: int = 0
+    restart_every: int = 0
+    restart_warmup: int = 0
+    restart_until: int = 10**9
+    dense_from: int = 0
+    dense_to: int = 0
+    cooling: float = 0.0
+    floor: float = 0.0
+    average: float = 0.0
+    redraws: bool = True
+    init_scale: float = 1.0
+    beta1: float = BETAS[0]
+    beta2: float = BETAS[1]
+    a_rate: float = 1.0
+    alpha: str = "matched"
+    init: str = "orthogonal"
+
+
+class Run(NamedTuple):
+    """A run: what it trains with, and its seed."""
+
+    settings: Settings
+    seed: int
+
+
+class Tick(NamedTuple):
+    """What a run's clock says of an update u = 1, 2, ..."""
+
+    rate: float  # multiplies the rest's
+    matrix_rate: float  # multiplies that of the matrices or factors
+    age: int  # updates of the factors' moments, with this one
+    dense_age: int  # of the dense ones; 0 where there are none
+    is_dense: bool  # this update is one of the whole weights
+    update: int
+    restarts: bool  # after it
+
+
+def ticks(own: Settings, steps: int) -> Iterator[Tick]:
+    """Yield what a run's clock says of each of its updates."""
+    schedule = JaggedSchedule(own.restart_every, restart_warmup=own.restart_warmup, outer=outer(steps))
+    last = num_restarts = dense_since = 0
+    for u in range(1, steps + 1):
+        is_dense = not own.rank or own.dense_from < u <= own.dense_to
+        dense_since = dense_since if is_dense else u
+        rate = schedule(u, last, num_restarts=num_restarts)
+        restarts = bool(own.rank) and u < steps and u <= own.restart_until and schedule.restarts_after(u)
+        cooled = rate
+        if own.cooling and last + own.restart_every <= min(own.restart_until, steps - 1):
+            left = last + own.restart_every - u  # until the restart
+            cooled *= max(own.floor, min(1.0, (left + 0.5) / (own.cooling * own.restart_every)))
+        yield Tick(rate, cooled, u - last, u - dense_since, is_dense, u, restarts)
+        if restarts:
+            last, num_restarts = u, num_restarts + 1
+
+
+class Ensemble:
+    """The stacked weights of R runs, and how they train."""
+
+    def __init__(
+        self,
+        models: list[Llama],
+        runs: list[Run],
+        steps: int,
+        *,
+        seq_len: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        compile: bool = True,
+    ) -> None:
+        self.runs, self.steps, self.device, self.dtype = runs, steps, device, dtype
+        count = len(runs)
+        named = [dict(model.named_parameters()) for model in models]
+        self.weights = {
+            name: torch.stack([own[name].detach() for own in named]).to(device).requires_grad_() for name in named[0]
+        }
+        self.data = {name: p.detach() for name, p in self.weights.items()}
+        self.matrices = [name for name in self.weights if is_matrix(name)]
+        self.rest = [name for name in self.weights if not is_matrix(name)]
+        options = [run.settings for run in runs]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        with torch.no_grad():
+            for name in self.matrices:
+                self.data[name].mul_(column([own.init_scale for own in options])[:, None, None])
+        clocks = [list(ticks(own, steps)) for own in options]
+        self.clock = [  # (steps, R) each
+            torch.tensor(list(zip(*(map(float, row) for row in rows), strict=True)), device=device)
+            for rows in ([[tick[k] for tick in clock] for clock in clocks] for k in range(len(Tick._fields) - 1))
+        ]
+        self._due = {
+            u: [i for i, clock in enumerate(clocks) if clock[u].restarts]
+            for u in range(steps)
+            if any(clock[u].restarts for clock in clocks)
+        }
+        self.lr, self.rest_lr = column([o.lr for o in options]), column([o.rest_lr for o in options])
+        self.a_rate = column([o.a_rate for o in options])
+        self.beta1, self.beta2 = column([o.beta1 for o in options]), column([o.beta2 for o in options])
+        self.average = column([o.average for o in options])
+        self.averages = any(o.average for o in options)
+        self.is_dense = any(not o.rank or o.dense_to for o in options)
+        self.most = max(o.rank for o in options)
+        self.scales: dict[str, Tensor] = {}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name in self.matrices:
+            W = self.data[name]
+            _, m, n = W.shape
+            self.scales[name] = column([math.sqrt(n / o.rank) if o.rank else 0.0 for o in options])
+            entry = {"A": W.new_zeros(count, self.most, n), "B": W.new_zeros(count, m, self.most)}
+            entry |= {f"{moment}{of}": torch.zeros_like(entry[of]) for of in ("A", "B") for moment in ("m", "v")}
+            if self.is_dense:
+                entry |= {"m": torch.zeros_like(W), "v": torch.zeros_like(W)}
+            if self.averages:
+                entry["average"] = W.clone()
+            self.state[name] = entry
+        self.moments = {
+            name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.weights.items() if name in self.rest
+        }
+        self.num_restarts = [0] * count
+        for i in range(count):
+            self._draw(i)
+        self.num_updates = 0
+        self.turns = _turns(seq_len, models[0].config.hidden_size // HEADS, device)
+        functions = (_layer, _losses, _projected, _move_, _adam_)
+        # In pieces: all layers share one compilation, and all matrices of a shape.
+        self._layer, self._losses, self._projected, self._move_, self._adam_ = (
+            torch.compile(function, dynamic=False) if compile else function for function in functions
+        )
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Make an update of every run on its tokens (R, b, t + 1); return the losses (R,)."""
+        losses = self._forward(tokens)
+        gradients = torch.autograd.grad(losses.sum(), list(self.weights.values()))
+        index = self.num_updates
+        with torch.no_grad():
+            self._update(dict(zip(self.weights, gradients, strict=True)), *(column[index] for column in self.clock))
+            for i in self._due.get(index, ()):
+                self._restart(i)
+        self.num_updates += 1
+        return losses.detach()
+
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._forward(tokens)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        weights = self.weights
+        table = weights["model.embed_tokens.weight"]
+        offsets = torch.arange(len(tokens), device=tokens.device)[:, None, None] * table.shape[1]
+        x = F.embedding(tokens[..., :-1] + offsets, table.flatten(0, 1))  # (R, b, t, width)
+        for layer in range(LAYERS):
+            x = self._layer(
+                x,
+                self.turns[0],
+                self.turns[1],
+                [weights[f"model.layers.{layer}.{name}"] for name in _PARTS],
+                self.dtype,
+            )
+        return self._losses(x, weights["model.norm.weight"], weights["lm_head.weight"], tokens[..., 1:], self.dtype)
+
+    def _update(
+        self,
+        G: dict[str, Tensor],
+        rate: Tensor,
+        matrix_rate: Tensor,
+        age: Tensor,
+        dense_age: Tensor,
+        dense: Tensor,
+        update: Tensor,
+    ) -> None:
+        squared = sum((G[name].square().flatten(1).sum(1) for name in self.rest), torch.zeros_like(rate))
+        low: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in self.matrices:
+            entry = self.state[name]
+            *low[name], own = self._projected(G[name], entry["A"], entry["B"], self.scales[name], dense)
+            squared = squared + own
+        clip = (MAX_NORM / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+        first, second = (torch.full_like(rate, beta) for beta in BETAS)
+        for name in self.rest:
+            self._adam_(self.data[name], G[name], *self.moments[name], clip, self.rest_lr * rate, update, first, second)
+        lr = self.lr * matrix_rate
+        weight = torch.maximum(1 - self.average, 1 / age)
+        for name in self.matrices:
+            W, entry = self.data[name], self.state[name]
+            self._move_(
+                W,
+                *(entry[key] for key in ("A", "B", "mA", "vA", "mB", "vB")),
+                *low[name],
+                self.scales[name],
+                clip,
+                lr * (1 - dense),
+                self.a_rate,
+                age,
+                self.beta1,
+                self.beta2,
+            )
+            if self.is_dense:
+                entry["m"].mul_(dense[:, None, None])  # forgotten between two dense spans
+                entry["v"].mul_(dense[:, None, None])
+                self._adam_(
+                    W,
+                    G[name],
+                    entry["m"],
+                    entry["v"],
+                    clip * dense,
+                    lr * dense,
+                    dense_age.clamp(min=1),
+                    self.beta1,
+                    self.beta2,
+                )
+            if self.averages:
+                entry["average"].lerp_(W, weight[:, None, None])
+
+    def _restart(self, i: int) -> None:
+        own = self.runs[i].settings
+        self.num_restarts[i] += 1
+        for name in self.matrices:
+            entry = self.state[name]
+            if own.average:
+                self.data[name][i].copy_(entry["average"][i])
+            for key in ("mA", "vA", "mB", "vB", "B"):
+                entry[key][i].zero_()
+        if own.redraws:
+            self._draw(i)
+
+    def _draw(self, i: int) -> None:
+        own, seed = self.runs[i]
+        for name in self.matrices if own.rank else ():
+            generator = draw_generator(seed, name, self.num_restarts[i])
+            W = self.data[name][i]
+            A = draw_a(tuple(W.shape), own.rank, init=own.init, generator=generator, like=W)
+            self.state[name]["A"][i, : own.rank] = A
+
+
+_PARTS = (
+    "input_layernorm.weight", *(f"self_attn.{kind}_proj.weight" for kind in "qkvo"),
+    "post_attention_layernorm.weight", *(f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")),
+)  # fmt: skip
+
+
+def _layer(x: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return what a layer of every run makes of x (R, b, t, width)."""
+    first, Q, K, V, O, second, gate, up, down = weights  # noqa: E741
+    count, batch, length, width = x.shape
+    u = _norm(x, first)
+    heads = (_linear(u, W, dtype).view(count * batch, length, HEADS, -1).transpose(1, 2) for W in (Q, K, V))
+    q, k, v = heads
+    y = F.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v, is_causal=True)
+    x = x + _linear(y.transpose(1, 2).reshape(count, batch, length, width), O, dtype)
+    u = _norm(x, second)
+    return x + _linear(F.silu(_linear(u, gate, dtype)) * _linear(u, up, dtype), down, dtype)
+
+
+def _losses(x: Tensor, norm: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    logits = _linear(_norm(x, norm), head, dtype)
+    losses = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none")
+    return losses.view(len(x), -1).mean(1)
+
+
+def _linear(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(dtype).flatten(1, 2) @ W.to(dtype).mT).view(*x.shape[:-1], W.shape[1])
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.float()
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight[:, None, None]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _turns(length: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+    turns = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 10000.0**-exponents)
+    return turns.cos(), turns.sin()
+
+
+def _projected(G: Tensor, A: Tensor, B: Tensor, scale: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of A and B, and the squared norm of what a run's step is made of."""
+    s = scale[:, None, None]
+    of_a, of_b = s * (B.mT @ G), s * (G @ A.mT)
+    low = of_a.square().sum((1, 2)) + of_b.square().sum((1, 2))
+    return of_a, of_b, torch.where(dense > 0, G.square().sum((1, 2)), low)
+
+
+def _move_(
+    W: Tensor, A: Tensor, B: Tensor, mA: Tensor, vA: Tensor, mB: Tensor, vB: Tensor, of_a: Tensor, of_b: Tensor,
+    scale: Tensor, clip: Tensor, lr: Tensor, a_rate: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor,
+) -> None:  # fmt: skip
+    """Step the factors, and W by s (B' A' - B A)."""
+    da = _step(of_a, mA, vA, clip, lr * a_rate, age, beta1, beta2)
+    db = _step(of_b, mB, vB, clip, lr, age, beta1, beta2)
+    W.sub_(scale[:, None, None] * (db @ (A - da) + B @ da))
+    A.sub_(da)
+    B.sub_(db)
+
+
+def _adam_(
+    W: Tensor, G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor
+) -> None:
+    W.sub_(_step(G, m, v, clip, lr, age, beta1, beta2))
+
+
+def _step(
+    G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor
+) -> Tensor:
+    """Return Adam's step of a stack, with a clip, rate, age and betas for each of its runs."""
+    wide = (slice(None), *(None for _ in G.shape[1:]))
+    g = G * clip[wide]
+    m.lerp_(g, (1 - beta1)[wide])
+    v.lerp_(g.square(), (1 - beta2)[wide])
+    bias1, bias2 = (1 - beta1**age)[wide], (1 - beta2**age)[wide]
+    return (lr[wide] / bias1) * m / (v.sqrt() / bias2.sqrt() + EPS)

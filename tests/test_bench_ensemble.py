@@ -1,0 +1,80 @@
+"""Runs that are made together are the runs that the trainers of bench make one by one."""
+
+import dataclasses
+
+import pytest
+import torch
+from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+
+from bench.ensemble import Ensemble, Run, Settings
+from bench.methods import METHODS
+
+STEPS = 12
+RUNS = [
+    ("full", Settings(lr=1e-3, rest_lr=2e-3), 0),
+    ("relora", Settings(lr=3e-3, rest_lr=1e-3, rank=4), 1),
+    ("relora", Settings(lr=3e-3, rest_lr=1e-3, rank=8, restart_every=4, restart_warmup=2), 2),
+]
+
+
+def _model(seed: int) -> Llama:
+    model = Llama(LlamaConfig(64, 32, 48, 4, 4, max_position_embeddings=16))
+    init_weights(model, seed=seed)
+    return model
+
+
+def _alone(method: str, own: Settings, seed: int, tokens: torch.Tensor) -> tuple[list[float], Llama]:
+    settings = dataclasses.asdict(own)
+    wanted = (
+        ("lr", "rest_lr")
+        if method == "full"
+        else ("lr", "rest_lr", "rank", "restart_every", "restart_warmup", "alpha", "init")
+    )
+    model = _model(seed)
+    trainer = METHODS[method](
+        model, {"dtype": torch.float32, "compile": False, **{key: settings[key] for key in wanted}}, STEPS, seed
+    )
+    return [float(trainer.step(batch)) for batch in tokens], model
+
+
+def test_runs_together_are_the_runs_alone() -> None:
+    tokens = torch.randint(64, (STEPS, len(RUNS), 4, 17), generator=torch.Generator().manual_seed(0))
+    runs = [Run(own, seed) for _, own, seed in RUNS]
+    together = Ensemble(
+        [_model(seed) for _, _, seed in RUNS], runs, STEPS, seq_len=16, dtype=torch.float32, compile=False
+    )
+    losses = torch.stack([together.step(batch) for batch in tokens])
+    for i, (method, own, seed) in enumerate(RUNS):
+        alone, model = _alone(method, own, seed, tokens[:, i])
+        torch.testing.assert_close(losses[:, i], torch.tensor(alone), rtol=1e-5, atol=1e-5)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(together.weights[name][i].detach(), p.detach(), rtol=1e-3, atol=2e-5)
+
+
+CHANGES: list[dict[str, float]] = [
+    {"average": 0.9},
+    {"cooling": 0.5},
+    {"cooling": 0.5, "floor": 0.5},
+    {"redraws": False},
+    {"restart_until": 4},
+    {"dense_from": 6, "dense_to": 9},
+    {"init_scale": 0.5},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"a_rate": 0.5},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(change))
+def test_a_change_leaves_the_runs_beside_it_alone(change: dict[str, float]) -> None:
+    tokens = torch.randint(64, (STEPS, 1, 4, 17), generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1, -1)
+    own = RUNS[2][1]
+    changed = dataclasses.replace(own, **change)
+    losses = []
+    for runs in ([own, own], [own, changed]):
+        together = Ensemble(
+            [_model(2)] * 2, [Run(o, 2) for o in runs], STEPS, seq_len=16, dtype=torch.float32, compile=False
+        )
+        losses.append(torch.stack([together.step(batch) for batch in tokens]))
+    torch.testing.assert_close(losses[1][:, 0], losses[0][:, 0], rtol=1e-5, atol=1e-6)
+    assert (losses[1][-1, 1] - losses[1][-1, 0]).abs() > 1e-5
