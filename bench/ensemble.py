@@ -36,7 +36,9 @@ HEADS = LAYERS = 4
 class Settings:
     """What a run may choose. Rank 0 is full rank.
 
-    dense_from, dense_to    updates from .. to are made at full rank, on the whole weights, with moments of their own
+    dense_from, dense_to    updates from + 1 to .. are made at full rank, on the whole weights, with new moments
+    dense_every             and so are as many, every so many updates again
+    dense_restarts          a restart follows them
     cooling                 the share of a cycle, its last, over which the rate falls to `floor` of what it would be
     average                 a restart leaves W at the mean of its values over the cycle, weighted by this decay
     redraws                 False: a restart keeps A and zeroes B
@@ -53,6 +55,8 @@ class Settings:
     restart_until: int = 10**9
     dense_from: int = 0
     dense_to: int = 0
+    dense_every: int = 10**9
+    dense_restarts: bool = False
     cooling: float = 0.0
     floor: float = 0.0
     average: float = 0.0
@@ -89,10 +93,14 @@ def ticks(own: Settings, steps: int) -> Iterator[Tick]:
     schedule = JaggedSchedule(own.restart_every, restart_warmup=own.restart_warmup, outer=outer(steps))
     last = num_restarts = dense_since = 0
     for u in range(1, steps + 1):
-        is_dense = not own.rank or own.dense_from < u <= own.dense_to
+        place = (u - 1 - own.dense_from) % own.dense_every if u > own.dense_from else own.dense_every
+        length = own.dense_to - own.dense_from
+        is_dense = not own.rank or place < length
         dense_since = dense_since if is_dense else u
         rate = schedule(u, last, num_restarts=num_restarts)
-        restarts = bool(own.rank) and u < steps and u <= own.restart_until and schedule.restarts_after(u)
+        restarts = u <= own.restart_until and schedule.restarts_after(u)
+        restarts |= own.dense_restarts and place == length - 1
+        restarts &= bool(own.rank) and u < steps
         cooled = rate
         if own.cooling and last + own.restart_every <= min(own.restart_until, steps - 1):
             left = last + own.restart_every - u  # until the restart

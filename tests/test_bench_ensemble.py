@@ -6,7 +6,7 @@ import pytest
 import torch
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 
-from bench.ensemble import Ensemble, Run, Settings
+from bench.ensemble import Ensemble, Run, Settings, ticks
 from bench.methods import METHODS
 
 STEPS = 12
@@ -58,6 +58,8 @@ CHANGES: list[dict[str, float]] = [
     {"redraws": False},
     {"restart_until": 4},
     {"dense_from": 6, "dense_to": 9},
+    {"dense_from": 2, "dense_to": 4, "dense_every": 5},
+    {"dense_from": 5, "dense_to": 7, "dense_restarts": True},
     {"init_scale": 0.5},
     {"beta1": 0.5},
     {"beta2": 0.5},
@@ -78,3 +80,13 @@ def test_a_change_leaves_the_runs_beside_it_alone(change: dict[str, float]) -> N
         losses.append(torch.stack([together.step(batch) for batch in tokens]))
     torch.testing.assert_close(losses[1][:, 0], losses[0][:, 0], rtol=1e-5, atol=1e-6)
     assert (losses[1][-1, 1] - losses[1][-1, 0]).abs() > 1e-5
+
+
+def test_the_clock_of_dense_spans() -> None:
+    own = Settings(1.0, 1.0, rank=4, dense_from=2, dense_to=4, dense_every=5, dense_restarts=True, restart_warmup=2)
+    clock = list(ticks(own, 12))
+    assert [tick.update for tick in clock if tick.is_dense] == [3, 4, 8, 9]
+    assert [tick.update for tick in clock if tick.restarts] == [4, 9]
+    assert [tick.dense_age for tick in clock if tick.is_dense] == [1, 2, 1, 2]
+    assert [tick.age for tick in clock[4:7]] == [1, 2, 3]
+    assert clock[4].rate == pytest.approx(clock[5].rate / 2)
