@@ -50,13 +50,14 @@ class FactoredOptimizer(Optimizer):
 
     @property
     def num_restarts(self) -> int:
-        """How many restarts there were; the switch from full rank to low rank is not one."""
+        """How many restarts there were; the switch to low rank is one where there was low rank before."""
         return int(self.param_groups[0]["num_restarts"])
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the next update is low-rank: something is selected and the warm start is over."""
-        return self.num_updates >= self.schedule.warm_start and any(group["rank"] for group in self.param_groups)
+        """Whether the next update is low-rank: something is selected, and it is none of the warm start's."""
+        is_full_rank = self.schedule.is_full_rank(self.num_updates + 1)
+        return not is_full_rank and any(group["rank"] for group in self.param_groups)
 
     @property
     def selected(self) -> list[str]:
@@ -82,9 +83,7 @@ class FactoredOptimizer(Optimizer):
         """
         selected = self._find(parameter)
         if not self.is_low_rank:
-            raise ValueError(
-                f"{selected.slot.name} has no factors before the switch, update {self.schedule.warm_start}"
-            )
+            raise ValueError(f"{selected.slot.name} has no factors before the switch, update {self.schedule.switch}")
         entry = self._entry(selected)
         return entry["A"], entry["B"]
 

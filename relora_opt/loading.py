@@ -15,23 +15,24 @@ from torch import Tensor, nn
 
 from .factors import factor_dtype, matrix_shape
 from .groups import Selected
+from .schedule import JaggedSchedule
 from .sharding import is_sharded
 from .state import CLOCK, FORMAT, NAMES, READABLE, Entry, is_low_rank
 
 StateDict = dict[str, Any]
 
 
-def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_start: int) -> None:
+def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], schedule: JaggedSchedule) -> None:
     """Refuse a state dictionary that would be misread.
 
     Raises:
         ValueError: for another optimizer's state, an unknown format, other ranks or shapes, groups that disagree, or
-            counters that disagree with the state (past the switch without factors, or before it with them).
+            counters that disagree with the state (low rank without factors, or a warm start with them).
     """
     _check_form(saved)
     _check_groups(saved["param_groups"], groups)
     num_updates = saved["param_groups"][0]["num_updates"]
-    is_past = num_updates >= warm_start
+    is_past = not schedule.is_full_rank(num_updates + 1)
     for group, own in zip(saved["param_groups"], groups, strict=True):
         for index, W in zip(group["params"], own["params"], strict=False):  # torch refuses other lengths
             entry = saved["state"].get(index)
@@ -40,9 +41,9 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], warm_sta
             if is_low_rank(entry) != is_past:
                 where = "past the switch but has no factors" if is_past else "before the switch but has factors"
                 raise ValueError(
-                    f"the saved state is {where}: num_updates={num_updates} with warm_start={warm_start}; use the "
-                    "schedule it was saved with, and restore the clock first (set_clock) where a template of the state "
-                    "is needed"
+                    f"the saved state is {where}: num_updates={num_updates} with warm_start={schedule.warm_start}"
+                    f"{f' at {schedule.warm_start_at}' if schedule.warm_start_at else ''}; use the schedule it was "
+                    "saved with, and restore the clock first (set_clock) where a template of the state is needed"
                 )
             if is_low_rank(entry):
                 _check_entry(entry, W, group["rank"])
@@ -128,10 +129,10 @@ def check_clock(num_updates: Any, num_restarts: Any, last_restart: Any, fresh: A
         )
 
 
-def with_empty_states(saved: StateDict, weights: Iterable[Selected], names: Collection[str]) -> StateDict:
-    """Put back the empty states of the base for the factors of these weights.
+def with_fresh_states(saved: StateDict, weights: Iterable[Selected], names: Collection[str]) -> StateDict:
+    """Give these weights, of which the base held no state, the form that this has in an optimizer.
 
-    torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary.
+    torch.distributed.checkpoint drops empty dictionaries on its way from a full state dictionary, and makes others.
     """
     _check_form(saved)
     if not names:
@@ -140,6 +141,8 @@ def with_empty_states(saved: StateDict, weights: Iterable[Selected], names: Coll
     for weight, index in _indices(saved, weights):
         if weight.slot.name in names and is_low_rank(state.get(index)):
             state[index] = {"A_state": {}, "B_state": {}, **state[index]}
+        elif weight.slot.name in names and state.get(index) == {}:
+            del state[index]
     return {**saved, "state": state}
 
 

@@ -161,7 +161,7 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update, and what is due after it: the switch or a restart.
+        """Make one update, and what is due after it: a switch or a restart.
 
         A closure runs first, with gradients enabled; its loss is returned. An update that GradScaler skips is not
         counted, and neither is the step with lr 0 and zero gradients by which torch.distributed.checkpoint makes state.
@@ -267,7 +267,7 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._check_groups()
         if not self.is_low_rank:
             raise ValueError(
-                f"restart() after {self.num_updates} updates: no weight is low-rank yet (warm_start="
+                f"restart() after {self.num_updates} updates: no weight is low-rank now (warm_start="
                 f"{self.schedule.warm_start}, ranks {[group['rank'] for group in self.param_groups]})"
             )
         self._make_entries()
@@ -515,20 +515,37 @@ class ReLoRAOptimizer(SavedOptimizer):
             group["num_updates"] += 1
         if not any(group["rank"] for group in self.param_groups):
             return
-        if self.schedule.switches_after(self.num_updates):
+        if self.schedule.widens_after(self.num_updates):
+            self._widen()
+        elif self.schedule.switches_after(self.num_updates):
             self._switch()
         elif self.schedule.restarts_after(self.num_updates):
             self.restart()
+
+    def _widen(self) -> None:
+        """Begin a warm start after low rank: the factors go, of which W has everything; all else is left alone."""
+        self._forget_selected()
+        self._changed()
+        reset_counters_(self._selected(), self._base, self._options, {s.W: s.W for s in self._selected()})
 
     def _switch(self) -> None:
         """End the warm start: the selected weights' dense state goes, factors come; all else is left alone."""
         for group in self.param_groups:
             group["last_restart"] = self.num_updates
+            group["num_restarts"] += bool(self.schedule.warm_start_at)
+        self._forget_selected()
+        self._make_entries()
+        reset_counters_(
+            self._selected(), self._base, self._options, {s.W: self.state[s.W]["A"] for s in self._selected()}
+        )
+
+    def _forget_selected(self) -> None:
+        """Forget the selected weights' state, of factors or dense; the factors to come are still to be pointed."""
+        for group in self.param_groups:
+            group["pointing"] = self._num_sketches(group)
         for selected in self._selected():
             self.state.pop(selected.W, None)
             selected.W.grad = None  # used up: what zeroes the functional model's gradients will not reach it any more
-        self._make_entries()
-        reset_counters_(self._selected(), self.state, self._base, self._options)
 
     def _check_unscaled(self) -> None:
         if getattr(self, "found_inf", None) is not None and self._step_supports_amp_scaling:

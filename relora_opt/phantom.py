@@ -3,8 +3,8 @@
 On an optimizer without state it sets every rate to 0 and every gradient to zero, calls step() once, and puts the rates
 back. Such a step counts no update, restarts nothing and draws from no generator of torch's. The base optimizer makes
 state in it, step counts for instance, that no update has made and that loading does not always overwrite: `forget_`
-takes it from factors that have made no update, and `forget_all_` from everything where the first update is made on
-what was only to be a template.
+takes it from weights that have made no update in their phase, and `forget_all_` from everything where the first update
+is made on what was only to be a template.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ def is_phantom(groups: list[dict[str, Any]], state: Any, factors: Iterable[Tenso
 
 
 def forget_(state: Any, weights: Iterable[Selected]) -> None:
-    """Take from the state what the phantom step has made up for the factors of these weights."""
-    for weight in weights:
-        if is_low_rank(state.get(weight.W)):
-            state[weight.W].update(A_state={}, B_state={})
+    """Take from the state what the phantom step has made up for these weights or their factors; factors stay."""
+    _forget_(state, [weight.W for weight in weights if weight.W in state])
 
 
 def forget_all_(state: Any) -> None:
     """Take from the state all that the phantom step has made up; factors stay."""
-    for p, entry in list(state.items()):
-        if is_low_rank(entry):
-            entry.update(A_state={}, B_state={})
+    _forget_(state, list(state))
+
+
+def _forget_(state: Any, parameters: Iterable[Tensor]) -> None:
+    for p in parameters:
+        if is_low_rank(state[p]):
+            state[p].update(A_state={}, B_state={})
         else:
             del state[p]

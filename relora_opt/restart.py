@@ -11,7 +11,7 @@ This file does not know clocks or models; the strategies are in prune.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -93,11 +93,16 @@ def prune_states_(
     return pruned
 
 
-def reset_counters_(weights: Iterable[Selected], state: Any, base: Base, options: Sequence[Group]) -> None:
-    """Start anew what the base counts in the groups of low-rank weights: their factors have just come, or their A's."""
+def reset_counters_(
+    weights: Iterable[Selected], base: Base, options: Sequence[Group], trained: Mapping[Tensor, Tensor]
+) -> None:
+    """Start anew what the base counts in the groups of low-rank weights: what is trained of them has just come.
+
+    That is a factor of each, or the weight.
+    """
     groups = {weight.number: weight for weight in weights}
     for number, (W, _, group, _) in groups.items():
-        Counters(base, options[number], state[W]["A"]).reset_(group)
+        Counters(base, options[number], trained[W]).reset_(group)
 
 
 class Counters:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import release
 from .casting import StateDtypes
@@ -29,7 +30,7 @@ from .loading import (
     check_scales,
     loaded,
     saved_scales,
-    with_empty_states,
+    with_fresh_states,
 )
 from .state import CLOCK, FORMAT, NAMES, detached, is_low_rank, new_clock
 
@@ -73,8 +74,8 @@ class SavedOptimizer(FactoredOptimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict = with_empty_states(state_dict, self._selected(), self._fresh or ())
-        check_loadable(state_dict, self.param_groups, self.schedule.warm_start)
+        state_dict = with_fresh_states(state_dict, self._selected(), self._fresh or ())
+        check_loadable(state_dict, self.param_groups, self.schedule)
         check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
         self._adopt_scales(saved_scales(state_dict), state_dict["param_groups"])
@@ -126,13 +127,14 @@ class SavedOptimizer(FactoredOptimizer):
     def clock(self) -> dict[str, Any]:
         """The counters, and what else a template of the state is made by: for `set_clock`.
 
-        `fresh` lists the low-rank weights of whose factors the base holds no state, and `scales` has the scales that
-        are matched. Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
+        `fresh` lists the low-rank weights of which, or of whose factors, the base holds no state, and `scales` has the
+        scales that are matched. Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
         """
-        fresh = [s.slot.name for s in self._selected() if not self.state.get(s.W, {}).get("A_state")]
+        is_known = self.is_low_rank or bool(self.state)  # in a warm start, from its first update on
+        fresh = [s.slot.name for s in self._selected() if is_known and not self._holds_state(s.W)]
         counters: dict[str, Any] = {name: self.param_groups[0][name] for name in CLOCK}
         scales = {s.slot.name: self._scale(s) for s in self._selected() if s.group["scale"] == MATCHED}
-        return {**counters, "fresh": fresh if self.is_low_rank else [], "scales": scales}
+        return {**counters, "fresh": fresh, "scales": scales}
 
     def set_clock(
         self,
@@ -149,8 +151,8 @@ class SavedOptimizer(FactoredOptimizer):
         first, is what this is for: keep `clock` beside its files, and give it back as `set_clock(**clock)`.
 
         Args:
-            fresh: the names of the low-rank weights of whose factors the base holds no state; left out, all of them at
-                the switch, and none later.
+            fresh: the names of the low-rank weights of which, or of whose factors, the base holds no state; left out,
+                all of them at a switch, and none later.
             scales: the matched scales by the names of weights; left out, those that this optimizer finds.
 
         Raises:
@@ -161,7 +163,9 @@ class SavedOptimizer(FactoredOptimizer):
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
         check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
-            fresh = self.selected if num_updates == last_restart and not num_restarts else ()
+            is_first = num_updates == last_restart and not num_restarts
+            switches = self.schedule.switches_after(num_updates) or self.schedule.widens_after(num_updates)
+            fresh = self.selected if is_first or switches else ()
         scales = dict(scales or {})
         unknown = sorted({*fresh, *scales} - {*self.selected})
         if unknown:
@@ -173,6 +177,11 @@ class SavedOptimizer(FactoredOptimizer):
         self._fresh = fresh
         self._drafts.clear()
         self._changed()
+
+    def _holds_state(self, W: Tensor) -> bool:
+        """Say whether the base holds state of a low-rank weight, or of its factors."""
+        entry = self.state.get(W, {})
+        return bool(entry.get("A_state") if is_low_rank(entry) else entry)
 
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}

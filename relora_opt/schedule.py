@@ -95,11 +95,14 @@ class JaggedSchedule:
     Args:
         restart_every: updates in a cycle; 0 means no restart (plain LoRA).
         restart_warmup: updates over which the rate climbs back from 0 after a restart or after the switch.
-        warm_start: updates of full-rank training before the first cycle.
+        warm_start: updates of full-rank training.
+        warm_start_at: updates of low rank before them; 0, as in the paper, puts them first. The cycles that they cut
+            off begin anew after them.
         outer: the schedule that the ramps are cut out of, u -> multiplier.
 
     Raises:
-        ValueError: for a negative count, a ramp longer than its cycle, or an outer schedule that starts with no number.
+        ValueError: for a negative count, a ramp longer than its cycle, a place for no warm start, or an outer schedule
+            that starts with no number.
 
     >>> schedule = JaggedSchedule(restart_every=100, restart_warmup=10, warm_start=50)
     >>> schedule(50), schedule(55), schedule(60), schedule(155)
@@ -111,10 +114,11 @@ class JaggedSchedule:
     restart_every: int
     restart_warmup: int = 0
     warm_start: int = 0
+    warm_start_at: int = 0
     outer: OuterSchedule = field(default_factory=constant)
 
     def __post_init__(self) -> None:
-        for name in ("restart_every", "restart_warmup", "warm_start"):
+        for name in ("restart_every", "restart_warmup", "warm_start", "warm_start_at"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of updates, 0 or more")
@@ -123,6 +127,8 @@ class JaggedSchedule:
                 f"restart_warmup={self.restart_warmup} is longer than restart_every={self.restart_every}: "
                 "the rate would never recover; shorten the ramp"
             )
+        if self.warm_start_at and not self.warm_start:
+            raise ValueError(f"warm_start_at={self.warm_start_at} of no warm start: say how long, warm_start=...")
         if not callable(self.outer):
             raise TypeError(f"outer={self.outer!r} must be callable, update -> multiplier: cosine(20_000), say")
         first = self.outer(1)
@@ -147,28 +153,48 @@ class JaggedSchedule:
         _check_multiplier(value, update)
         return value
 
+    @property
+    def switch(self) -> int:
+        """The last update of the warm start; 0 where there is none."""
+        return self.warm_start_at + self.warm_start
+
+    def is_full_rank(self, update: int) -> bool:
+        """Say whether this update is one of the warm start."""
+        return self.warm_start_at < update <= self.switch
+
+    def widens_after(self, update: int) -> bool:
+        """Say whether this update is the last of low rank before a warm start that comes later."""
+        return update == self.warm_start_at > 0
+
     def switches_after(self, update: int) -> bool:
-        """Say whether the warm start ends with this update (the switch is not counted as a restart)."""
-        return update == self.warm_start > 0
+        """Say whether the warm start ends with this update (a first switch is not counted as a restart)."""
+        return update == self.switch > 0
 
     def restarts_after(self, update: int) -> bool:
-        """Say whether a cycle ends with this update: u = warm_start + k * restart_every, k = 1, 2, ..."""
-        since = update - self.warm_start
-        return self.restart_every > 0 and since > 0 and since % self.restart_every == 0
+        """Say whether a cycle ends with this update: u = k * restart_every before the warm start, k = 1, 2, ...
+
+        Or u = switch + k * restart_every after it.
+        """
+        return update > 0 and self.next_restart(update - 1) == update
 
     def next_restart(self, update: int) -> int | None:
         """Return the first update after `update` that a restart follows, or None where there is none."""
         if self.restart_every == 0:
             return None
-        cycles = max(0, update - self.warm_start) // self.restart_every + 1
-        return self.warm_start + cycles * self.restart_every
+        coming = (max(0, update) // self.restart_every + 1) * self.restart_every
+        if coming < self.warm_start_at:
+            return coming
+        cycles = max(0, update - self.switch) // self.restart_every + 1
+        return self.switch + cycles * self.restart_every
 
     def _cycle_start(self, update: int) -> int:
-        if update <= self.warm_start:
-            return 0
-        if self.restart_every == 0:
-            return self.warm_start
-        return self.warm_start + (update - 1 - self.warm_start) // self.restart_every * self.restart_every
+        """Return the last restart or switch before an update of the periodic clock."""
+        if update <= self.switch:
+            update, start = min(update, self.warm_start_at), 0  # the warm start is in the cycle that it cuts off
+        else:
+            start = self.switch
+        cycles = max(0, update - 1 - start) // self.restart_every if self.restart_every else 0
+        return start + cycles * self.restart_every
 
 
 def _check_multiplier(value: SupportsFloat, update: int) -> None:

@@ -71,10 +71,12 @@ def relora(model: nn.Module, base: str = "AdamW", **changes: Any) -> ReLoRAOptim
     return ReLoRAOptimizer(model, optimizer_class, **{**settings, **hyperparameters, **changes})
 
 
-def jagged_schedule(restart_every: int = 11, restart_warmup: int = 3, warm_start: int = 8) -> JaggedSchedule:
+def jagged_schedule(
+    restart_every: int = 11, restart_warmup: int = 3, warm_start: int = 8, at: int = 0
+) -> JaggedSchedule:
     """Return a schedule with every feature: with the defaults, a switch after 8 and restarts after 19 and 30."""
-    outer = cosine(40, warmup=4, min_ratio=0.1)
-    return JaggedSchedule(restart_every, restart_warmup=restart_warmup, warm_start=warm_start, outer=outer)
+    lengths = {"restart_warmup": restart_warmup, "warm_start": warm_start, "warm_start_at": at}
+    return JaggedSchedule(restart_every, **lengths, outer=cosine(40, warmup=4, min_ratio=0.1))
 
 
 def stepper(

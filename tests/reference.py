@@ -28,10 +28,17 @@ def cosine(u: int, *, N: int, warmup: int = 0, minimum: float = 0.0) -> float:
     return minimum + (1 - minimum) * (1 + math.cos(math.pi * (u - warmup) / (N - warmup))) / 2
 
 
-def jagged(u: int, *, q: int, ramp: int = 0, warm_start: int = 0, outer: Outer = lambda u: 1.0) -> float:
+def events(last: int, *, q: int, warm_start: int = 0, at: int = 0) -> set[int]:
+    """The updates up to `last` that the switch or a restart follows; 0 where neither comes first."""
+    switch = at + warm_start
+    before = set(range(0, at, q)) if q else {0}
+    after = set(range(switch, last + 1, q)) if q else {switch}
+    return {u for u in (before | after if at else after) if u <= last}
+
+
+def jagged(u: int, *, q: int, ramp: int = 0, warm_start: int = 0, at: int = 0, outer: Outer = lambda u: 1.0) -> float:
     """The multiplier of update u: `outer`, with a ramp of `ramp` updates cut out after the switch and every restart."""
-    events = {warm_start} if q == 0 else set(range(warm_start, u + 1, q))
-    R = max((event for event in events if event < u), default=0)
+    R = max((event for event in events(u, q=q, warm_start=warm_start, at=at) if event < u), default=0)
     k = u - R
     if R > 0 and k < ramp:
         return k / ramp * outer(R + ramp)
@@ -67,7 +74,7 @@ class ReferenceReLoRA:
     """Trains a model in place by Algorithm 1; `selected` names its low-rank linear layers.
 
     Each update is `loss = trainer.update(closure)`, then `trainer.restart_if_due(draw)`, where `draw(layer name)` is
-    the new A of that layer. With `warm_start=0` call `switch(draw)` first.
+    the new A of that layer. Where low rank comes first (`warm_start=0`, or `at`) call `switch(draw)` first.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class ReferenceReLoRA:
         q: int,
         ramp: int = 0,
         warm_start: int = 0,
+        at: int = 0,
         outer: Outer = lambda u: 1.0,
         factor_lr: float = 1.0,
         max_grad_norm: float | None = None,
@@ -87,9 +95,9 @@ class ReferenceReLoRA:
         **hyperparameters: object,
     ) -> None:
         self.model, self.selected, self.scale = model, selected, scale
-        self.q, self.warm_start, self.lr = q, warm_start, lr
+        self.q, self.warm_start, self.at, self.lr = q, warm_start, at, lr
         self.factor_lr, self.max_grad_norm = factor_lr, max_grad_norm
-        self.multiplier = lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, outer=outer)
+        self.multiplier = lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, at=at, outer=outer)
         self.make_base = lambda groups: base(groups, lr=lr, **hyperparameters)
         self.optimizer = self.make_base([{"params": list(model.parameters())}])
         self.u = 0
@@ -114,6 +122,20 @@ class ReferenceReLoRA:
             if p in old_state:
                 self.optimizer.state[p] = old_state[p]
 
+    def widen(self) -> None:
+        """Merge, and train the selected layers' weights themselves; everything else keeps its own state."""
+        old_state = self.optimizer.state
+        for name in self.selected:
+            layer, parent = self.layer(name), self.model.get_submodule(name.rpartition(".")[0])
+            W = layer.effective_weight().detach()
+            linear = nn.Linear(W.shape[1], W.shape[0], bias=layer.bias is not None, dtype=W.dtype)
+            linear.weight, linear.bias = nn.Parameter(W), layer.bias
+            setattr(parent, name.rpartition(".")[2], linear)
+        self.optimizer = self.make_base([{"params": list(self.model.parameters())}])
+        for p in self.model.parameters():
+            if p in old_state:
+                self.optimizer.state[p] = old_state[p]
+
     def update(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run one update; the closure returns the loss."""
         self.u += 1
@@ -128,11 +150,14 @@ class ReferenceReLoRA:
         return loss.detach()
 
     def restart_if_due(self, draw: Draw) -> bool:
-        """After the update: switch when the warm start ends, merge and restart when a cycle ends."""
-        if self.u == self.warm_start:
+        """After the update: widen or switch when the warm start begins or ends, merge and restart when a cycle ends."""
+        if self.u == self.at > 0:
+            self.widen()
+            return True
+        if self.u == self.at + self.warm_start:
             self.switch(draw)
             return True
-        if self.u < self.warm_start or self.q == 0 or (self.u - self.warm_start) % self.q != 0:
+        if self.u not in events(self.u, q=self.q, warm_start=self.warm_start, at=self.at):
             return False
         for name in self.selected:
             layer = self.layer(name)

@@ -91,12 +91,13 @@ def plans(draw: st.DrawFn) -> Plan:
     init = draw(st.sampled_from(["kaiming", "orthogonal", "gradient"]))
     # Sketches take the first two updates of a cycle, so with "gradient" a cycle is longer than that.
     every = draw(st.sampled_from([0, 3, 4] if init == "gradient" else [0, 1, 2, 4]))
-    warmup, warm_start = draw(st.integers(0, every)), draw(st.integers(0, 3))
+    lengths = {"restart_warmup": draw(st.integers(0, every)), "warm_start": draw(st.integers(0, 3))}
+    lengths["warm_start_at"] = draw(st.integers(0, 4)) if lengths["warm_start"] else 0
     return Plan(
         widths=widths,
         rank=draw(st.integers(1, min(widths) - 1)),
         base=draw(st.sampled_from(sorted(BASES))),
-        schedule=JaggedSchedule(every, restart_warmup=warmup, warm_start=warm_start),
+        schedule=JaggedSchedule(every, **lengths),
         strategy=draw(st.sampled_from(STRATEGIES)),
         init=init,
         max_grad_norm=draw(st.sampled_from([None, 0.5])),
@@ -186,8 +187,9 @@ class Contract(RuleBasedStateMachine):
         self.num_updates += 1
         self.all_have_moved = True
         schedule = self.plan.schedule
-        self.num_restarts += schedule.restarts_after(self.num_updates)
-        if schedule.restarts_after(self.num_updates) or self.num_updates <= schedule.warm_start:
+        is_counted = schedule.warm_start_at > 0 and schedule.switches_after(self.num_updates)
+        self.num_restarts += schedule.restarts_after(self.num_updates) or is_counted
+        if schedule.restarts_after(self.num_updates) or schedule.is_full_rank(self.num_updates):
             self.start_cycle()
 
     @precondition(lambda self: self.live.optimizer.is_low_rank)

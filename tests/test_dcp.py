@@ -36,10 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3) -> Made:
+def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3, at: int = 0) -> Made:
     model, settings = mlp(dtype, seed=seed), dict(CASES[case])
-    # Of 3: the switch after 3, restarts after 7 and 11.
-    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=warm_start)
+    # Of 3: the switch after 3, restarts after 7 and 11; of 2 at 2: the switch after 4, restarts after 8 and 12.
+    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=warm_start, at=at)
     return model, relora(model, settings.pop("base"), schedule=schedule, max_grad_norm=0.5, **settings)
 
 
@@ -55,15 +55,15 @@ def packed(made: Made, options: StateDictOptions) -> dict[str, Any]:
     return {"model": made[0].state_dict(), "optimizer": get_optimizer_state_dict(*made, options=options)}
 
 
-@pytest.mark.parametrize(("warm_start", "is_flat"), [(3, False), (3, True), (0, True)])
+@pytest.mark.parametrize(("warm_start", "at", "is_flat"), [(3, 0, False), (3, 0, True), (0, 0, True), (2, 2, True)])
 @pytest.mark.parametrize("path", ["dense", "functional"])
 @pytest.mark.parametrize("case", CASES)
 def test_continuing_from_its_files_is_bitwise_at_every_moment(
-    case: str, path: str, is_flat: bool, warm_start: int, tmp_path: Path
+    case: str, path: str, is_flat: bool, warm_start: int, at: int, tmp_path: Path
 ) -> None:
     """The moments: before the first step, in the warm start, the switch, a sketch, mid-cycle, a restart, after it."""
     options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
-    made = build(case, torch.float32, warm_start=warm_start)
+    made = build(case, torch.float32, warm_start=warm_start, at=at)
     last = 0
     for stop in (0, 2, 3, 4, 5, 7, 8):
         if stop:
@@ -72,7 +72,7 @@ def test_continuing_from_its_files_is_bitwise_at_every_moment(
         saved = packed(made, options)
         dcp.save(saved, checkpoint_id=tmp_path / str(stop), no_dist=True)
         clock, expected = made[1].clock, snapshot(*made)
-        resumed = build(case, torch.float32, seed=stop + 1, warm_start=warm_start)
+        resumed = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at)
         resumed[1].set_clock(**clock)
         template = packed(resumed, options)
         dcp.load(template, checkpoint_id=tmp_path / str(stop), no_dist=True)
@@ -81,7 +81,7 @@ def test_continuing_from_its_files_is_bitwise_at_every_moment(
         assert resumed[1].clock == clock
         assert not differences(snapshot(*resumed), expected), f"loading after update {stop}"
         if stop in (0, 3, 5):  # the saved state is that of the updates up to here, and it goes on
-            twin = build(case, torch.float32, seed=stop + 1, warm_start=warm_start)
+            twin = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at)
             twin[0].load_state_dict(expected["model"])
             twin[1].load_state_dict(expected["optimizer"])
             assert not differences(run(path, resumed, stop, stop + 5), run(path, twin, stop, stop + 5))

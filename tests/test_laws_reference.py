@@ -32,7 +32,7 @@ def distance(model: torch.nn.Module, optimizer: ReLoRAOptimizer, reference: Refe
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, weight in selected_weights(model).items():
         pairs.append((weight, reference.effective_weight(name)))
-        if reference.u >= reference.warm_start:
+        if optimizer.is_low_rank:
             layer = reference.layer(name)
             pairs += zip(optimizer.factors(weight), (layer.A, layer.B), strict=True)
             pairs.append((optimizer.frozen_weight(weight), layer.W_frozen))
@@ -45,18 +45,18 @@ def distance(model: torch.nn.Module, optimizer: ReLoRAOptimizer, reference: Refe
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("warm_start", [0, 8])
+@pytest.mark.parametrize(("warm_start", "at"), [(0, 0), (8, 0), (8, 14)])
 def test_every_path_equals_the_reference_at_each_of_40_updates(
-    dtype: torch.dtype, path: str, base: str, warm_start: int
+    dtype: torch.dtype, path: str, base: str, warm_start: int, at: int
 ) -> None:
     model, twin = mlp(dtype), mlp(dtype)
     common: dict[str, Any] = {"factor_lr": 2.0, "max_grad_norm": 0.5}
-    optimizer = relora(model, base, schedule=jagged_schedule(warm_start=warm_start), **common)
+    optimizer = relora(model, base, schedule=jagged_schedule(warm_start=warm_start, at=at), **common)
     outer = lambda u: cosine(u, N=40, warmup=4, minimum=0.1)  # noqa: E731
-    clock: dict[str, Any] = {"q": 11, "ramp": 3, "warm_start": warm_start, "outer": outer}
+    clock: dict[str, Any] = {"q": 11, "ramp": 3, "warm_start": warm_start, "at": at, "outer": outer}
     reference = reference_of(base, twin, scale=1.5, **clock, **common)
     draw = drawn_by(optimizer, model)
-    if warm_start == 0:
+    if optimizer.is_low_rank:
         reference.switch(draw)
     step = stepper(path, optimizer, model)
     events = 0
@@ -66,9 +66,9 @@ def test_every_path_equals_the_reference_at_each_of_40_updates(
         events += reference.restart_if_due(draw)
         assert abs(float(loss - expected)) < TOLERANCE[dtype], f"loss of update {u}"
         assert (gap := distance(model, optimizer, reference)) < TOLERANCE[dtype], f"update {u}: {gap}"
-    assert events == 3
+    assert events == (4 if at else 3)  # at 14: a restart after 11, widened after 14, the switch after 22, a restart
     assert optimizer.num_updates == 40
-    assert optimizer.num_restarts == (3 if warm_start == 0 else 2)
+    assert optimizer.num_restarts == (3 if at or not warm_start else 2)
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -19,6 +19,9 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
 
 LAST = 25
 SCHEDULE = jagged_schedule(restart_every=6, restart_warmup=2, warm_start=6)  # switch after 6; restarts after 12, 18, 24
+LATE = jagged_schedule(
+    restart_every=6, restart_warmup=2, warm_start=4, at=8
+)  # restarts after 6 and 18; switch after 12
 STRATEGIES = {
     "reset": prune.reset(),
     "magnitude": prune.magnitude(0.5),
@@ -28,11 +31,17 @@ STRATEGIES = {
 
 
 def build(
-    dtype: torch.dtype, base: str, strategy: str = "reset", *, init: str = "kaiming", seed: int = 0
+    dtype: torch.dtype,
+    base: str,
+    strategy: str = "reset",
+    *,
+    init: str = "kaiming",
+    schedule: JaggedSchedule = SCHEDULE,
+    seed: int = 0,
 ) -> tuple[MLP, ReLoRAOptimizer]:
     model = mlp(dtype, seed=seed)
     changes: dict[str, Any] = {"init": init, "alpha": "matched"} if init == "gradient" else {}
-    changes |= {"schedule": SCHEDULE, "prune": STRATEGIES[strategy], "max_grad_norm": 0.5, "factor_lr": 2.0}
+    changes |= {"schedule": schedule, "prune": STRATEGIES[strategy], "max_grad_norm": 0.5, "factor_lr": 2.0}
     return model, relora(model, base, **changes)
 
 
@@ -76,6 +85,24 @@ def test_continuing_from_a_file_after_any_update_equals_never_having_stopped(
             for _ in updates(path, resumed, fresh, u, last):
                 pass
             assert not differences(snapshot(resumed, fresh), snapshots[last]), f"from update {u} to {last}"
+
+
+@pytest.mark.parametrize("path", ["dense", "step"])
+@pytest.mark.parametrize("init", ["kaiming", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_continuing_with_a_warm_start_in_the_middle_is_bitwise_too(dtype: torch.dtype, init: str, path: str) -> None:
+    model, optimizer = build(dtype, "AdamW", init=init, schedule=LATE)
+    snapshots = [snapshot(model, optimizer), *run(path, model, optimizer, 0)]
+    assert optimizer.num_restarts == 4  # after 6, the switch after 12, and after 18 and 24
+    for u in range(LAST + 1):
+        resumed, fresh = build(dtype, "AdamW", init=init, schedule=LATE, seed=u + 1)
+        saved = through_file(snapshots[u])
+        resumed.load_state_dict(saved["model"])
+        fresh.load_state_dict(saved["optimizer"])
+        last = min(LAST, u + 5)
+        assert not differences(
+            [*run(path, resumed, fresh, u, last)][-1:], snapshots[last : last + 1] if u < last else []
+        )
 
 
 @pytest.mark.parametrize("stop", [0, 3, 6, 9, 12, 15, 18])

@@ -23,19 +23,19 @@ def clocks(draw: st.DrawFn) -> dict[str, int]:
     return {
         "q": q,
         "ramp": draw(st.integers(0, q if q else 8)),
-        "warm_start": draw(st.integers(0, 15)),
+        "warm_start": (warm_start := draw(st.integers(0, 15))),
+        "at": draw(st.integers(0, 20)) if warm_start else 0,
         "N": N,
         "warmup": draw(st.integers(0, N - 1)),
     }
 
 
 def both(clock: dict[str, int]) -> tuple[JaggedSchedule, Any]:
-    q, ramp, warm_start, N, warmup = clock.values()
-    schedule = JaggedSchedule(
-        q, restart_warmup=ramp, warm_start=warm_start, outer=cosine(N, warmup=warmup, min_ratio=0.05)
-    )
+    q, ramp, warm_start, at, N, warmup = clock.values()
+    lengths = {"restart_warmup": ramp, "warm_start": warm_start, "warm_start_at": at}
+    schedule = JaggedSchedule(q, **lengths, outer=cosine(N, warmup=warmup, min_ratio=0.05))
     outer = lambda u: reference_cosine(u, N=N, warmup=warmup, minimum=0.05)  # noqa: E731
-    return schedule, lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, outer=outer)
+    return schedule, lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, at=at, outer=outer)
 
 
 @settings(max_examples=200, deadline=None)
@@ -50,10 +50,15 @@ def test_the_multiplier_is_the_formula_at_every_update(clock: dict[str, int]) ->
 @given(clocks())
 def test_restarts_fall_on_warm_start_plus_k_periods_and_the_switch_is_none(clock: dict[str, int]) -> None:
     schedule, _ = both(clock)
-    q, warm_start = clock["q"], clock["warm_start"]
-    expected = {warm_start + k * q for k in range(1, 80)} if q else set()
-    assert {u for u in range(1, 80) if schedule.restarts_after(u)} == {u for u in expected if u < 80}
-    assert {u for u in range(1, 80) if schedule.switches_after(u)} == ({warm_start} if warm_start else set())
+    q, warm_start, at = clock["q"], clock["warm_start"], clock["at"]
+    switch, updates = at + warm_start, range(1, 80)
+    expected = {*range(q, at, q), *range(switch + q, 80, q)} if q else set()
+    assert {u for u in updates if schedule.restarts_after(u)} == expected
+    assert {u for u in updates if schedule.switches_after(u)} == ({switch} if switch else set())
+    assert {u for u in updates if schedule.widens_after(u)} == ({at} if at else set())
+    assert [u for u in updates if schedule.is_full_rank(u)] == list(range(at + 1, switch + 1))
+    for u in updates:
+        assert schedule.next_restart(u) == min((v for v in expected if v > u), default=schedule.next_restart(79))
 
 
 class RecordingSGD(torch.optim.SGD):
@@ -86,11 +91,10 @@ def test_the_base_sees_group_lr_times_multiplier_times_factor_lr_at_every_update
         {"params": [model.head.weight, model.norm.weight], "lr": 0.3},
     ]
     optimizer = ReLoRAOptimizer(groups, RecordingSGD, rank=0, schedule=schedule, lr=1.0)
-    factors: dict[int, tuple[int, ...]] = {}
     for u in range(1, 40):
-        is_low_rank = u > clock["warm_start"]
-        if is_low_rank and not factors:
-            factors = {id(p): tuple(map(id, optimizer.factors(p))) for p in (model.first.weight, model.second.weight)}
+        is_low_rank = not schedule.is_full_rank(u)
+        weights = (model.first.weight, model.second.weight) if is_low_rank else ()
+        factors = {id(p): tuple(map(id, optimizer.factors(p))) for p in weights}
         seen = update(optimizer, model)
         for weight, lr, factor_lr in ((model.first.weight, 0.1, 2.0), (model.second.weight, 0.2, 0.5)):
             expected = lr * formula(u) * (factor_lr if is_low_rank else 1.0)
