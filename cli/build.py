@@ -130,7 +130,11 @@ def make_schedule(config: Config) -> JaggedSchedule:
     else:
         outer = _OUTER[config.outer](config.steps, warmup=config.warmup, min_ratio=config.min_ratio)
     return JaggedSchedule(
-        config.restart_every, restart_warmup=config.restart_warmup, warm_start=config.warm_start, outer=outer
+        config.restart_every,
+        restart_warmup=config.restart_warmup,
+        warm_start=config.warm_start,
+        warm_start_at=config.warm_start_at if config.warm_start else 0,
+        outer=outer,
     )
 
 

@@ -72,8 +72,8 @@ def _rate(config: Config, update: int) -> float:
     """Return the rate of the selected weights, or of their factors, as the optimizer has it and metrics.jsonl says."""
     if config.rank == 0:  # there is no restart, and no ramp
         return config.lr * make_schedule(config)(update, last_restart=0)
-    is_low_rank = update > config.warm_start
-    return config.lr * make_schedule(config)(update) * (config.factor_lr if is_low_rank else 1.0)
+    schedule = make_schedule(config)
+    return config.lr * schedule(update) * (1.0 if schedule.is_full_rank(update) else config.factor_lr)
 
 
 def _shown(value: object) -> str:

@@ -76,7 +76,10 @@ class Config:
     )
     factor_lr: float = _option("Multiplies the rate for factors. (default: 1)", panel=_LOW_RANK)
     init: str = _option("How A is drawn: kaiming, orthogonal or gradient. (default: orthogonal)", panel=_LOW_RANK)
-    warm_start: int = _option("Full-rank updates before the first cycle. (default: 0)", panel=_LOW_RANK)
+    warm_start: int = _option("Updates at full rank. (default: 0)", panel=_LOW_RANK)
+    warm_start_at: int = _option(
+        "Low-rank updates before those; at 0 they come first, as in the paper. (default: 0)", panel=_LOW_RANK
+    )
     restart_every: int = _option(
         f"Updates in a cycle; 0 is plain LoRA. (default: {CYCLE:g} times the rank or a few more, where the run has "
         f"{FEWEST_CYCLES} such cycles, else 0)",

@@ -12,7 +12,7 @@ _POSITIVE_COUNTS = (
     *("seq_len", "steps", "batch_size", "micro_batch_size"),
     *("eval_every", "save_every", "keep", "max_skips"),
 )
-_COUNTS = ("rank", "warmup", "warm_start", "restart_every", "restart_warmup")
+_COUNTS = ("rank", "warmup", "warm_start", "warm_start_at", "restart_every", "restart_warmup")
 _MOST_THREADS = 1024  # far more than a step has work for, and than most systems let a process have
 _SEEDS = 1 << 63  # what torch's generators take
 _MOST_TOKENS = 1 << 31  # in an update, a hundred times as many as anybody trains with
@@ -123,13 +123,17 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_cycles(config: Config) -> None:
     """Refuse a run that would end before what it asks for begins."""
-    if config.warm_start >= config.steps:
+    if config.warm_start_at and not config.warm_start:
+        raise UserError(f"warm_start_at={config.warm_start_at} of no warm start: say how long, warm_start")
+    every, switch = config.restart_every, config.warm_start_at + config.warm_start
+    if switch >= config.steps:
+        place = f" at {config.warm_start_at}" if config.warm_start_at else ""
         raise UserError(
-            f"warm_start={config.warm_start} leaves no low-rank update in steps={config.steps}: shorten it, or give "
-            "rank 0 to train at full rank"
+            f"warm_start={config.warm_start}{place} leaves no low-rank update in steps={config.steps}: shorten it, or "
+            "give rank 0 to train at full rank"
         )
-    first = config.warm_start + config.restart_every
-    if config.restart_every > 0 and first > config.steps:
+    first = every if every < config.warm_start_at else switch + every
+    if every > 0 and first > config.steps:
         raise UserError(
             f"restart_every={config.restart_every} puts the first restart after update {first}, beyond "
             f"steps={config.steps}: shorten it, or give 0 for no restart"

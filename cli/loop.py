@@ -214,7 +214,7 @@ def is_evaluated(config: Config, update: int) -> bool:
 
 
 def _is_switch(config: Config, update: int) -> bool:
-    return update == config.warm_start and config.rank > 0
+    return update == config.warm_start_at + config.warm_start > 0 and config.rank > 0
 
 
 def _update_rms(row: Row, seen: Metrics) -> float | None:

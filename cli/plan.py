@@ -11,7 +11,16 @@ from .corpus import Corpus
 from .counted import counted
 from .resolution import resolve
 
-_LOW_RANK = ("alpha", "factor_lr", "init", "warm_start", "restart_every", "restart_warmup", "prune")  # targets have lr
+_LOW_RANK = (
+    "alpha",
+    "factor_lr",
+    "init",
+    "warm_start",
+    "warm_start_at",
+    "restart_every",
+    "restart_warmup",
+    "prune",
+)  # targets have lr
 
 
 def describe_texts(corpus: Corpus) -> str:
@@ -28,9 +37,10 @@ def describe_plan(config: Config) -> str:
     rates = f"at a rate of {config.lr:g}, {config.rest_lr:g} for what is no target"
     if config.rank == 0:
         return f"{counted(config.steps, 'update')} at full rank, {rates} (--rank, --lr and --rest-lr say otherwise)"
-    first, every = config.warm_start + config.restart_every, config.restart_every
-    num_restarts = len(range(first, config.steps + 1, every)) if every else 0
+    every, at, switch = config.restart_every, config.warm_start_at, config.warm_start_at + config.warm_start
+    num_restarts = len(range(every, at, every)) + len(range(switch + every, config.steps + 1, every)) if every else 0
     warm_start = f"{config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
+    warm_start += f" after the first {at:,}" if at else ""
     restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else "no restart"
     return (
         f"{counted(config.steps, 'update')} at rank {config.rank}, {warm_start}, {restarts}, {rates} "

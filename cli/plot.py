@@ -97,7 +97,7 @@ def _metrics(run: Path) -> list[Row]:
 
 
 def _curves(rows: list[Row], *, title: str) -> Figure:
-    """One run: losses above, the jagged learning rate below, restarts and the switch across both."""
+    """One run: losses above, the jagged learning rate below, restarts and switches across both."""
     figure = new_figure()
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _draw_losses(losses, rows)
@@ -110,7 +110,7 @@ def _curves(rows: list[Row], *, title: str) -> Figure:
     for axes in (losses, rates):
         style_axes(axes)
         _mark_events(axes, rows)
-    _label_switch(losses, rows)
+    _label_switches(losses, rows)
     _add_token_axis(losses, rows)
     losses.legend(loc="upper right", framealpha=0.95)
     losses.set_title(title, loc="left", fontweight="bold")
@@ -184,8 +184,7 @@ def _mark_events(axes: Axes, rows: list[Row]) -> None:
     for update in _restarts(rows):
         axes.axvline(update, color="0.55", linewidth=0.8, zorder=1, label=label)
         label = "_"  # one entry in the legend for all
-    switch = _switch(rows)
-    if switch is not None:
+    for switch in _switches(rows):
         axes.axvline(switch, color="black", linewidth=1.2, linestyle="--", zorder=1.1)
 
 
@@ -193,17 +192,17 @@ def _restarts(rows: list[Row]) -> list[int]:
     return [row.update for before, row in pairwise(rows) if row.restarts > before.restarts]
 
 
-def _switch(rows: list[Row]) -> int | None:
-    """Return the last update of the warm start, if the run has left it."""
-    pairs = pairwise(rows)
-    return next((a.update for a, b in pairs if a.phase == "warm_start" and b.phase == "low_rank"), None)
+def _switches(rows: list[Row]) -> dict[int, str]:
+    """Return the last update of every phase that the run has left, and what came then."""
+    return {a.update: b.phase for a, b in pairwise(rows) if a.phase != b.phase}
 
 
-def _label_switch(axes: Axes, rows: list[Row]) -> None:
-    switch = _switch(rows)
-    if switch is not None:
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate("switch to low rank", (switch, 0.97), xytext=(5, 0), va="top", bbox=_BACKDROP, **place)
+def _label_switches(axes: Axes, rows: list[Row]) -> None:
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    for switch, phase in _switches(rows).items():
+        low = phase == "low_rank"
+        text, height = ("switch to low rank", 0.97) if low else ("switch to full rank", 0.9)
+        axes.annotate(text, (switch, height), xytext=(5, 0), va="top", bbox=_BACKDROP, **place)
 
 
 def _add_token_axis(axes: Axes, rows: list[Row]) -> None:
@@ -241,7 +240,7 @@ def _crop(axes: Axes, curves: list[tuple[list[int], list[float]]]) -> None:
     if len(settled) < _MANY or top == low or high - low <= _FLATTENED * (top - low):
         return
     margin = 0.05 * (top - low)
-    axes.set_ylim(low - margin, top + 3 * margin)  # room for the label of the switch
+    axes.set_ylim(low - margin, top + 3 * margin)  # room for the labels of the switches
     note = f"not shown: the first losses, up to {high:.2f}"
     axes.text(0.01, 0.02, note, transform=axes.transAxes, color="0.35", fontsize="small", bbox=_BACKDROP)
 

@@ -117,7 +117,9 @@ def _follow(filled: Options, given: Options) -> Options:
 
     default("warmup", steps // 20)
     default("warm_start", 0)
-    default("restart_every", _restart_every(steps - filled["warm_start"], filled["rank"]))
+    default("warm_start_at", 0)
+    low_rank = steps - filled["warm_start"] - filled["warm_start_at"], filled["warm_start_at"]
+    default("restart_every", _restart_every(max(low_rank), filled["rank"]))
     default("restart_warmup", filled["restart_every"] // 20)
     default("eval_every", max(1, steps // 10))
     default("save_every", min(max(1, steps // 5), max(1, filled["keep_every"] or steps)))  # what is kept is saved

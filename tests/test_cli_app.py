@@ -103,6 +103,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "factor_lr": (["2.5"], 2.5),
     "init": (["orthogonal"], "orthogonal"),
     "warm_start": (["0"], 0),
+    "warm_start_at": (["0"], 0),
     "restart_every": (["0"], 0),
     "restart_warmup": (["1"], 1),
     "prune": (["magnitude:0.9"], "magnitude:0.9"),

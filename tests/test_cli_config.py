@@ -87,6 +87,8 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
     ("options", "words"),
     [
         ({"warm_start": 100}, "warm_start=100 leaves no low-rank update in steps=100: shorten it, or give rank 0"),
+        ({"warm_start": 20, "warm_start_at": 80}, "warm_start=20 at 80 leaves no low-rank update in steps=100"),
+        ({"warm_start_at": 80}, "warm_start_at=80 of no warm start: say how long, warm_start"),
         (
             {"restart_every": 96, "warm_start": 5},
             "restart_every=96 puts the first restart after update 101, beyond steps=100: shorten it",

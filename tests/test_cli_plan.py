@@ -30,6 +30,10 @@ from relora_opt_cli.resolution import resolve
             {"warm_start": 30, "restart_every": 143},
             "600 updates at rank 64, 30 of them a warm start, a restart every 143: 3, at a rate of 0.001, 0.008 for ",
         ),
+        (
+            {"warm_start": 120, "warm_start_at": 240},
+            "600 updates at rank 64, 120 of them a warm start after the first 240, no restart, at a rate of 0.001, ",
+        ),
         ({"lr": 1e-3}, "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.001 for "),
         (
             {"rank": 0, "steps": 2000},
@@ -43,10 +47,13 @@ def test_the_plan_is_a_line_with_every_length_that_was_derived(options: dict[str
     assert describe_plan(resolve(options)).startswith(words)
 
 
-@pytest.mark.parametrize("warm_start", [0, 7])
+@pytest.mark.parametrize(("warm_start", "at"), [(0, 0), (7, 0), (7, 30), (7, 36), (7, 900)])
 @pytest.mark.parametrize("restart_every", [None, 0, 10, 12, 600])
-def test_the_plan_counts_the_restarts_that_the_schedule_makes(warm_start: int, restart_every: int | None) -> None:
-    config = resolve({"steps": 1607, "warm_start": warm_start, "restart_every": restart_every, "rank": 8})
+def test_the_plan_counts_the_restarts_that_the_schedule_makes(
+    warm_start: int, at: int, restart_every: int | None
+) -> None:
+    given = {"steps": 1607, "warm_start": warm_start, "warm_start_at": at, "restart_every": restart_every, "rank": 8}
+    config = resolve(given)
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
     words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else "no restart, at"
     assert words in describe_plan(config)
@@ -57,6 +64,7 @@ def test_the_plan_counts_the_restarts_that_the_schedule_makes(warm_start: int, r
     [
         ({"prune": "keep", "restart_warmup": 3}, "prune (no restart), restart_warmup (neither restart nor warm start)"),
         ({"warm_start": 9, "restart_warmup": 3, "prune": "keep"}, "prune (no restart)"),
+        ({"rank": 0, "warm_start": 9, "warm_start_at": 5}, "warm_start (rank=0), warm_start_at (rank=0)"),
         ({"outer": "constant", "min_ratio": 0.5}, "min_ratio (outer=constant)"),
         ({"base": "sgd", "betas": [0.5, 0.99]}, "the second of betas (base=sgd)"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -84,6 +85,18 @@ def test_one_run_shows_losses_rate_restarts_and_the_labelled_switch(tmp_path: Pa
     top = losses.child_axes[0]
     assert top.get_xlabel() == "tokens trained on"
     assert top.get_xlim()[1] == pytest.approx(1000 * losses.get_xlim()[1])
+
+
+def test_a_warm_start_in_the_middle_has_both_switches_labelled(tmp_path: Path, figures: list[Any]) -> None:
+    run = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[:51]:
+        row["phase"] = "low_rank"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.plot_runs([run], None)
+    losses = figures[0].axes[0]
+    places = {text.get_text(): text.xy[0] for text in losses.texts if "switch" in text.get_text()}
+    assert places == {"switch to full rank": 50, "switch to low rank": WARM_START}
 
 
 def test_first_losses_that_would_flatten_the_rest_are_cut_off_and_said(tmp_path: Path, figures: list[Any]) -> None:

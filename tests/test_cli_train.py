@@ -6,6 +6,7 @@ import random
 import shlex
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,22 @@ def test_a_run_stopped_between_two_sketches_of_the_gradient_resumes_bitwise(tmp_
     part = stopped(whole, stop)
     resume_run(part)
     assert rows(part) == rows(whole)
+    last = [checkpoints(run)[-1] / "model.safetensors" for run in (part, whole)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+@pytest.mark.parametrize("stop", [12, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (9, 15, 16))])
+def test_a_warm_start_in_the_middle_is_seen_in_the_metrics_and_resumes_bitwise(tmp_path: Path, stop: int) -> None:
+    lengths = {"warm_start": 6, "warm_start_at": 9, "restart_every": 4}
+    whole = train(tmp_path, save_every=1, keep=100, **lengths)
+    found = rows(whole)
+    assert [row.phase for row in found] == ["low_rank"] * 10 + ["warm_start"] * 6 + ["low_rank"] * (STEPS - 15)
+    restarts = [row.update for before, row in pairwise(found) if row.restarts > before.restarts]
+    assert restarts == [4, 8, 15, 19, 23]  # the switch is one: there was low rank before
+    assert found[15].val_loss is not None
+    part = stopped(whole, stop)
+    resume_run(part)
+    assert rows(part) == found
     last = [checkpoints(run)[-1] / "model.safetensors" for run in (part, whole)]
     assert last[0].read_bytes() == last[1].read_bytes()
 

@@ -204,6 +204,19 @@ def test_warm_start_and_low_rank_compile_once_each_over_rates_restarts_and_accum
 
 
 @pytest.mark.usefixtures("backend")
+def test_low_rank_after_a_later_warm_start_is_compiled_already() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=jagged_schedule(restart_every=3, restart_warmup=2, warm_start=3, at=4))
+    step = optimizer.make_step(model, mse, compile=True)
+    graphs = []
+    for u in range(12):
+        step(*batch(u))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert optimizer.num_restarts == 3  # after 3, the switch after 7, and after 10
+    assert graphs == [1] * 4 + [2] * 8
+
+
+@pytest.mark.usefixtures("backend")
 def test_the_compiled_step_never_forms_a_dense_gradient() -> None:
     model = mlp()
     optimizer = relora(model, schedule=JaggedSchedule(3))
