@@ -199,7 +199,7 @@ class ReLoRA(Trainer):
     def __init__(self, model: nn.Module, settings: Settings, steps: int, seed: int) -> None:
         settings = dict(settings)
         lr, rest_lr = settings.pop("lr"), settings.pop("rest_lr")
-        clock = {key: settings.pop(key, 0) for key in ("restart_every", "restart_warmup", "warm_start")}
+        clock = {key: settings.pop(key, 0) for key in _CLOCK}
         self.restart_until, self.restart_every = settings.pop("restart_until", 0), clock["restart_every"]
         if self.restart_until:  # by hand then: those of a schedule go on to the end
             clock["restart_every"] = 0
@@ -275,6 +275,7 @@ def _strategy(text: str) -> prune.Strategy:
     return strategy
 
 
+_CLOCK = ("restart_every", "restart_warmup", "warm_start", "warm_start_at")
 _BASES: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "muon": _muon}
 METHODS: dict[str, Any] = {
     "full": Dense,

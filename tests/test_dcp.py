@@ -148,13 +148,17 @@ def test_the_clock_is_plain_and_says_of_which_factors_the_base_knows_nothing() -
 
 
 def test_without_fresh_the_clock_stands_as_a_state_of_that_many_updates_has_it() -> None:
-    for num_updates, last_restart, has_state in ((3, 3, False), (5, 3, True), (7, 7, True)):
-        model, optimizer = build("AdamW", torch.float32)
-        num_restarts = int(last_restart > 3)
+    early, late = {"warm_start": 3}, {"warm_start": 3, "at": 2}
+    moments = [(early, 3, 3, 0, False), (early, 5, 3, 0, True), (early, 7, 7, 1, True)]
+    moments += [(late, 1, 0, 0, True), (late, 2, 0, 0, False), (late, 3, 0, 0, True)]
+    moments += [(late, 5, 5, 1, False), (late, 6, 5, 1, True)]
+    for lengths, num_updates, last_restart, num_restarts, has_state in moments:
+        model, optimizer = build("AdamW", torch.float32, **lengths)
         optimizer.set_clock(num_updates=num_updates, num_restarts=num_restarts, last_restart=last_restart)
         get_optimizer_state_dict(model, optimizer)  # makes the state
         for weight in selected_weights(model).values():
-            assert bool(optimizer.state[weight]["A_state"]) == has_state
+            entry = optimizer.state.get(weight, {})
+            assert bool(entry.get("A_state", entry)) == has_state, (lengths, num_updates)
 
 
 def test_what_the_phantom_step_makes_up_does_not_count() -> None:

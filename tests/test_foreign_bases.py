@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, mlp, mse
+from models import batch, mlp, mse, selected_weights
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -121,6 +121,20 @@ def test_after_a_reset_a_base_is_a_fresh_one(base: Any) -> None:
     for (p, q), start in zip(low_rank, before, strict=True):
         assert not torch.equal(p, start)
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("base", [Grows, Divides, AdamW], ids=lambda base: base.__name__)
+def test_in_a_later_warm_start_a_base_is_a_fresh_one(base: Any) -> None:
+    model, optimizer = trained(base, 6, schedule=JaggedSchedule(0, warm_start=3, warm_start_at=6))
+    other = copy.deepcopy(model)
+    fresh = ReLoRAOptimizer(other, base, rank=0, lr=0.01, schedule=JaggedSchedule(0))
+    before = selected_weights(copy.deepcopy(model))
+    train(model, optimizer, range(6, 7))
+    train(other, fresh, range(6, 7))
+    theirs = selected_weights(other)
+    for name, weight in selected_weights(model).items():
+        assert not torch.equal(weight, before[name])
+        assert torch.equal(weight, theirs[name])
 
 
 class Around(Optimizer):

@@ -22,6 +22,9 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, memory, prune
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # which torch.compile uses
+    # Torch says these once in a process, in whichever test comes first:
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "pointing": {"release", "sharding", "state"},
     "bases": {"inner"},
     "restart": {"factors", "groups", "inner", "prune", "state"},
-    "loading": {"factors", "groups", "sharding", "state"},
+    "loading": {"factors", "groups", "schedule", "sharding", "state"},
     "factored": {"factors", "groups", "inner", "matched", "schedule", "state"},
     "casting": {"inner", "sharding", "state"},
     "saved": {"casting", "factored", "groups", "loading", "release", "state"},
