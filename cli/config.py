@@ -86,7 +86,9 @@ class Config:
         panel=_LOW_RANK,
     )
     restart_warmup: int = _option(
-        "Updates of the ramp after a restart. (default: a twentieth of a cycle)", panel=_LOW_RANK
+        "Updates of the ramp after a restart or a switch. (default: a twentieth of a cycle; where there is none, of a "
+        "warm start in the middle)",
+        panel=_LOW_RANK,
     )
     prune: str = _option(
         "State at a restart: reset, keep, magnitude:0.9 or random:0.99. (default: reset)", panel=_LOW_RANK

@@ -132,6 +132,11 @@ def _check_cycles(config: Config) -> None:
             f"warm_start={config.warm_start}{place} leaves no low-rank update in steps={config.steps}: shorten it, or "
             "give rank 0 to train at full rank"
         )
+    if config.warm_start_at > 0 and config.warm_start < config.restart_warmup:
+        raise UserError(
+            f"restart_warmup={config.restart_warmup} is longer than warm_start={config.warm_start}, in which the rate "
+            "would never recover; shorten the ramp"
+        )
     first = every if every < config.warm_start_at else switch + every
     if every > 0 and first > config.steps:
         raise UserError(

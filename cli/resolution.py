@@ -120,13 +120,20 @@ def _follow(filled: Options, given: Options) -> Options:
     default("warm_start_at", 0)
     low_rank = steps - filled["warm_start"] - filled["warm_start_at"], filled["warm_start_at"]
     default("restart_every", _restart_every(max(low_rank), filled["rank"]))
-    default("restart_warmup", filled["restart_every"] // 20)
+    default("restart_warmup", _ramp(filled))
     default("eval_every", max(1, steps // 10))
     default("save_every", min(max(1, steps // 5), max(1, filled["keep_every"] or steps)))  # what is kept is saved
     default("micro_batch_size", filled["batch_size"])
     default("rest_lr", filled["lr"])
     default("out", "")
     return filled
+
+
+def _ramp(filled: Options) -> int:
+    """Return a twentieth of a cycle, or where there is none, of a warm start in the middle; and no more than that."""
+    length = filled["warm_start"] if filled["warm_start_at"] else 0
+    ramp = (filled["restart_every"] or length) // 20
+    return min(ramp, length) if length else ramp
 
 
 def _restart_every(updates: int, rank: int) -> int:

@@ -524,24 +524,24 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     def _widen(self) -> None:
         """Begin a warm start after low rank: the factors go, of which W has everything; all else is left alone."""
-        self._forget_selected()
+        self._begin_phase()
         self._changed()
         reset_counters_(self._selected(), self._base, self._options, {s.W: s.W for s in self._selected()})
 
     def _switch(self) -> None:
         """End the warm start: the selected weights' dense state goes, factors come; all else is left alone."""
         for group in self.param_groups:
-            group["last_restart"] = self.num_updates
             group["num_restarts"] += bool(self.schedule.warm_start_at)
-        self._forget_selected()
+        self._begin_phase()
         self._make_entries()
         reset_counters_(
             self._selected(), self._base, self._options, {s.W: self.state[s.W]["A"] for s in self._selected()}
         )
 
-    def _forget_selected(self) -> None:
+    def _begin_phase(self) -> None:
         """Forget the selected weights' state, of factors or dense; the factors to come are still to be pointed."""
         for group in self.param_groups:
+            group["last_restart"] = self.num_updates
             group["pointing"] = self._num_sketches(group)
         for selected in self._selected():
             self.state.pop(selected.W, None)

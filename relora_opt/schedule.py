@@ -1,6 +1,6 @@
 """One clock: when the warm start ends, when a cycle restarts, and what multiplies the learning rate.
 
-Updates are counted u = 1, 2, ... With R the last restart or switch before u, and k = u - R:
+Updates are counted u = 1, 2, ... With R the last restart before u, or switch to full or to low rank, and k = u - R:
 
     multiplier(u) = k / restart_warmup * outer(R + restart_warmup)    for k < restart_warmup, if there is an R (ramp)
     multiplier(u) = outer(u)                                          otherwise
@@ -94,7 +94,7 @@ class JaggedSchedule:
 
     Args:
         restart_every: updates in a cycle; 0 means no restart (plain LoRA).
-        restart_warmup: updates over which the rate climbs back from 0 after a restart or after the switch.
+        restart_warmup: updates over which the rate climbs back from 0 after a restart or a switch.
         warm_start: updates of full-rank training.
         warm_start_at: updates of low rank before them; 0, as in the paper, puts them first. The cycles that they cut
             off begin anew after them.
@@ -129,6 +129,11 @@ class JaggedSchedule:
             )
         if self.warm_start_at and not self.warm_start:
             raise ValueError(f"warm_start_at={self.warm_start_at} of no warm start: say how long, warm_start=...")
+        if self.warm_start_at > 0 and self.warm_start < self.restart_warmup:
+            raise ValueError(
+                f"restart_warmup={self.restart_warmup} is longer than warm_start={self.warm_start}, in which the rate "
+                "would never recover; shorten the ramp"
+            )
         if not callable(self.outer):
             raise TypeError(f"outer={self.outer!r} must be callable, update -> multiplier: cosine(20_000), say")
         first = self.outer(1)
@@ -189,11 +194,10 @@ class JaggedSchedule:
 
     def _cycle_start(self, update: int) -> int:
         """Return the last restart or switch before an update of the periodic clock."""
-        if update <= self.switch:
-            update, start = min(update, self.warm_start_at), 0  # the warm start is in the cycle that it cuts off
-        else:
-            start = self.switch
-        cycles = max(0, update - 1 - start) // self.restart_every if self.restart_every else 0
+        if self.is_full_rank(update):
+            return self.warm_start_at
+        start = self.switch if update > self.switch else 0
+        cycles = (update - 1 - start) // self.restart_every if self.restart_every else 0
         return start + cycles * self.restart_every
 
 

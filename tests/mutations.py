@@ -339,10 +339,10 @@ MUTATIONS = (
         ("test_foreign_bases.py", "later_warm_start"),
     ),
     Mutation(
-        "ramp in a later warm start from its beginning",
+        "forget the ramp of a later warm start",
         "schedule.py",
-        "update, start = min(update, self.warm_start_at), 0",
-        "start = min(update - 1, self.warm_start_at)",
+        "            return self.warm_start_at\n",
+        "            return 0\n",
         ("test_laws_schedule.py", "multiplier_is_the_formula"),
     ),
     Mutation(
@@ -467,8 +467,8 @@ MUTATIONS = (
     Mutation(
         "point A once and never at a restart",
         "optimizer.py",
-        'self.num_updates\n            group["pointing"] = self._num_sketches(group)\n',
-        "self.num_updates\n",
+        'restart, self.num_updates\n            group["pointing"] = self._num_sketches(group)\n',
+        "restart, self.num_updates\n",
         ("test_pointing.py", "every_cycle_points"),
     ),
     Mutation(

@@ -29,15 +29,15 @@ def cosine(u: int, *, N: int, warmup: int = 0, minimum: float = 0.0) -> float:
 
 
 def events(last: int, *, q: int, warm_start: int = 0, at: int = 0) -> set[int]:
-    """The updates up to `last` that the switch or a restart follows; 0 where neither comes first."""
+    """The updates up to `last` that a switch or a restart follows; 0 where neither comes first."""
     switch = at + warm_start
-    before = set(range(0, at, q)) if q else {0}
+    before = {*range(0, at, q or last + 1), at}
     after = set(range(switch, last + 1, q)) if q else {switch}
     return {u for u in (before | after if at else after) if u <= last}
 
 
 def jagged(u: int, *, q: int, ramp: int = 0, warm_start: int = 0, at: int = 0, outer: Outer = lambda u: 1.0) -> float:
-    """The multiplier of update u: `outer`, with a ramp of `ramp` updates cut out after the switch and every restart."""
+    """The multiplier of update u: `outer`, with a ramp of `ramp` updates cut out after every switch and restart."""
     R = max((event for event in events(u, q=q, warm_start=warm_start, at=at) if event < u), default=0)
     k = u - R
     if R > 0 and k < ramp:

@@ -53,6 +53,19 @@ def test_restarts_come_by_themselves_where_a_run_is_long_enough_for_them_to_pay(
 
 
 @pytest.mark.parametrize(
+    ("lengths", "ramp"),
+    [
+        ({"warm_start": 200}, 0),
+        ({"warm_start": 200, "warm_start_at": 400}, 10),
+        ({"warm_start": 200, "warm_start_at": 400, "restart_every": 300}, 15),
+        ({"warm_start": 10, "warm_start_at": 400, "restart_every": 300}, 10),
+    ],
+)
+def test_a_warm_start_in_the_middle_has_a_ramp_that_fits(lengths: dict[str, int], ramp: int) -> None:
+    assert resolve({"steps": 1000, **lengths}).restart_warmup == ramp
+
+
+@pytest.mark.parametrize(
     ("rank", "steps", "every"),
     [
         (8, 1499, 0),
@@ -88,6 +101,10 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
     [
         ({"warm_start": 100}, "warm_start=100 leaves no low-rank update in steps=100: shorten it, or give rank 0"),
         ({"warm_start": 20, "warm_start_at": 80}, "warm_start=20 at 80 leaves no low-rank update in steps=100"),
+        (
+            {"warm_start": 4, "warm_start_at": 50, "restart_every": 0, "restart_warmup": 5},
+            "restart_warmup=5 is longer than warm_start=4, in which the rate would never recover",
+        ),
         ({"warm_start_at": 80}, "warm_start_at=80 of no warm start: say how long, warm_start"),
         (
             {"restart_every": 96, "warm_start": 5},

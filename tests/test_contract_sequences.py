@@ -92,7 +92,9 @@ def plans(draw: st.DrawFn) -> Plan:
     # Sketches take the first two updates of a cycle, so with "gradient" a cycle is longer than that.
     every = draw(st.sampled_from([0, 3, 4] if init == "gradient" else [0, 1, 2, 4]))
     lengths = {"restart_warmup": draw(st.integers(0, every)), "warm_start": draw(st.integers(0, 3))}
-    lengths["warm_start_at"] = draw(st.integers(0, 4)) if lengths["warm_start"] else 0
+    lengths["warm_start_at"] = (
+        draw(st.integers(0, 4)) if lengths["warm_start"] >= max(1, lengths["restart_warmup"]) else 0
+    )
     return Plan(
         widths=widths,
         rank=draw(st.integers(1, min(widths) - 1)),

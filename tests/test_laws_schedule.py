@@ -20,11 +20,12 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine
 def clocks(draw: st.DrawFn) -> dict[str, int]:
     q = draw(st.integers(0, 12))
     N = draw(st.integers(2, 60))
+    ramp, warm_start = draw(st.integers(0, q if q else 8)), draw(st.integers(0, 15))
     return {
         "q": q,
-        "ramp": draw(st.integers(0, q if q else 8)),
-        "warm_start": (warm_start := draw(st.integers(0, 15))),
-        "at": draw(st.integers(0, 20)) if warm_start else 0,
+        "ramp": ramp,
+        "warm_start": warm_start,
+        "at": draw(st.integers(0, 20)) if warm_start >= max(1, ramp) else 0,
         "N": N,
         "warmup": draw(st.integers(0, N - 1)),
     }
