@@ -86,8 +86,8 @@ class Config:
         panel=_LOW_RANK,
     )
     restart_warmup: int = _option(
-        "Updates of the ramp after a restart or a switch. (default: a twentieth of a cycle; where there is none, of a "
-        "warm start in the middle)",
+        "Updates of the ramp after a restart or a switch. (default: a twentieth of a cycle; where there is none, a "
+        "tenth of a warm start in the middle)",
         panel=_LOW_RANK,
     )
     prune: str = _option(

@@ -15,6 +15,7 @@ from .config import CYCLE, DEFAULT_PRESET, FEWEST_CYCLES, FIELDS, PRESETS, Confi
 from .errors import UserError
 from .limits import check, check_kept
 
+_FEWEST_RAMP = 10  # updates into full rank in the middle of a run, where no cycle says how many
 _LAST_CYCLE = 0.9  # of a cycle: what the end of a run leaves the last one at least
 _GENERAL: Options = {
     "data": (),
@@ -130,10 +131,14 @@ def _follow(filled: Options, given: Options) -> Options:
 
 
 def _ramp(filled: Options) -> int:
-    """Return a twentieth of a cycle, or where there is none, of a warm start in the middle; and no more than that."""
-    length = filled["warm_start"] if filled["warm_start_at"] else 0
-    ramp = (filled["restart_every"] or length) // 20
-    return min(ramp, length) if length else ramp
+    """Return a twentieth of a cycle; without cycles, a tenth of a warm start in the middle, but enough to be a ramp.
+
+    bench/README.md: a base that begins full rank anew at the whole rate may throw the loss up.
+    """
+    every, length = filled["restart_every"], filled["warm_start"] if filled["warm_start_at"] else 0
+    if not length:
+        return int(every // 20)
+    return int(min(length, every // 20 if every else max(_FEWEST_RAMP, length // 10)))
 
 
 def _restart_every(updates: int, rank: int) -> int:

@@ -56,7 +56,9 @@ def test_restarts_come_by_themselves_where_a_run_is_long_enough_for_them_to_pay(
     ("lengths", "ramp"),
     [
         ({"warm_start": 200}, 0),
-        ({"warm_start": 200, "warm_start_at": 400}, 10),
+        ({"warm_start": 200, "warm_start_at": 400}, 20),
+        ({"warm_start": 20, "warm_start_at": 400}, 10),
+        ({"warm_start": 4, "warm_start_at": 400}, 4),
         ({"warm_start": 200, "warm_start_at": 400, "restart_every": 300}, 15),
         ({"warm_start": 10, "warm_start_at": 400, "restart_every": 300}, 10),
     ],
