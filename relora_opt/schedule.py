@@ -96,9 +96,9 @@ class JaggedSchedule:
         restart_every: updates in a cycle; 0 means no restart (plain LoRA).
         restart_warmup: updates over which the rate climbs back from 0 after a restart or a switch.
         warm_start: updates of full-rank training.
-        warm_start_at: updates of low rank before them; 0, as in the paper, puts them first. The cycles that they cut
-            off begin anew after them.
         outer: the schedule that the ramps are cut out of, u -> multiplier.
+        warm_start_at: updates of low rank before the warm start; 0, as in the paper, puts it first. The cycle that it
+            cuts off begins anew after it.
 
     Raises:
         ValueError: for a negative count, a ramp longer than its cycle, a place for no warm start, or an outer schedule
@@ -114,8 +114,8 @@ class JaggedSchedule:
     restart_every: int
     restart_warmup: int = 0
     warm_start: int = 0
-    warm_start_at: int = 0
     outer: OuterSchedule = field(default_factory=constant)
+    warm_start_at: int = 0
 
     def __post_init__(self) -> None:
         for name in ("restart_every", "restart_warmup", "warm_start", "warm_start_at"):

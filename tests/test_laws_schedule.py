@@ -146,6 +146,12 @@ def test_a_learning_rate_scheduler_of_torch_multiplies_with_the_clock() -> None:
         assert rates == pytest.approx([expected] * 2, rel=1e-12), u
 
 
+def test_the_outer_schedule_is_the_fourth_argument() -> None:
+    assert JaggedSchedule(9, 2, 3, cosine(40), 5) == JaggedSchedule(
+        restart_every=9, restart_warmup=2, warm_start=3, outer=cosine(40), warm_start_at=5
+    )
+
+
 def test_multipliers_are_plain_numbers_whatever_an_outer_schedule_returns() -> None:
     def outer(update: int) -> torch.Tensor:
         return torch.tensor(1 / update, dtype=torch.float64)
