@@ -422,11 +422,17 @@ class ReLoRAOptimizer(SavedOptimizer):
     def _make_template(self, closure: Callable[[], Any] | None) -> Any:
         """Make the phantom step: the base makes its state, and nothing else changes."""
         base = self._inner.current(self.param_groups, self.state)
+        before = [dict(group) for group in self.param_groups]
         with gradients.projected(list(self._low_rank_weights())):
             self._inner.set_rates(self.param_groups, self._rates())
             result = inner.step(base, closure)
         self._inner.adopt(self.param_groups, self.state)
         self._is_template = True
+        if self._fresh is None and self.num_updates > 0:  # a later warm start of all that is trained has just begun
+            phantom.forget_all_(self.state)
+            for group, own in zip(self.param_groups, before, strict=True):
+                group.clear()
+                group.update(own)
         phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in (self._fresh or ())))
         return result
 
@@ -525,6 +531,7 @@ class ReLoRAOptimizer(SavedOptimizer):
     def _widen(self) -> None:
         """Begin a warm start after low rank: the factors go, of which W has everything; all else is left alone."""
         self._begin_phase()
+        self._fresh = None  # which was of another moment
         self._changed()
         reset_counters_(self._selected(), self._base, self._options, {s.W: s.W for s in self._selected()})
 

@@ -130,8 +130,10 @@ class SavedOptimizer(FactoredOptimizer):
         `fresh` lists the low-rank weights of which, or of whose factors, the base holds no state, and `scales` has the
         scales that are matched. Plain numbers and strings, to be kept beside the files of torch.distributed.checkpoint.
         """
-        is_known = self.is_low_rank or bool(self.state)  # in a warm start, from its first update on
+        is_known = self.is_low_rank or self.num_updates > 0  # in a warm start, from its first update on
         fresh = [s.slot.name for s in self._selected() if is_known and not self._holds_state(s.W)]
+        if self._fresh is not None and not self.state:  # nothing is loaded yet
+            fresh = [*self._fresh]
         counters: dict[str, Any] = {name: self.param_groups[0][name] for name in CLOCK}
         scales = {s.slot.name: self._scale(s) for s in self._selected() if s.group["scale"] == MATCHED}
         return {**counters, "fresh": fresh, "scales": scales}

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from models import MLP, batch, differences, jagged_schedule, mlp, relora, selected_weights, snapshot, stepper
+from test_foreign_bases import Grows
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -43,11 +45,11 @@ def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3, 
     return model, relora(model, settings.pop("base"), schedule=schedule, max_grad_norm=0.5, **settings)
 
 
-def run(path: str, made: Made, first: int, last: int) -> dict[str, Any]:
+def run(path: str, made: tuple[nn.Module, ReLoRAOptimizer], first: int, last: int) -> dict[str, Any]:
     model, optimizer = made
     step = stepper(path, optimizer, model)
     for u in range(first, last):
-        step(*batch(u, model.head.weight.dtype))
+        step(*batch(u, next(model.parameters()).dtype))
     return snapshot(model, optimizer)
 
 
@@ -182,6 +184,32 @@ def test_taking_the_state_before_the_first_update_changes_nothing(case: str, pat
     assert taken[1].grad_norm is None
     assert taken[1].last_lr() == untouched[1].last_lr()
     assert not differences(run(path, taken, 0, 6), run(path, untouched, 0, 6))
+
+
+def of_matrices(base: Any) -> tuple[nn.Module, ReLoRAOptimizer]:
+    """Return a model that is low-rank as a whole: nothing has state where its warm start, after 3, begins."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False))
+    schedule = jagged_schedule(restart_every=2, restart_warmup=1, warm_start=2, at=3)
+    options: dict[str, Any] = {"rank": 2, "alpha": 2.0, "targets": ["0", "2"], "lr": 0.01, "prune": prune.keep()}
+    return model, ReLoRAOptimizer(model, base, schedule=schedule, **options)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, Grows], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+def test_a_later_warm_start_of_everything_is_saved_and_goes_on_without_a_trace(stop: int, base: Any) -> None:
+    untouched, taken, resumed = (of_matrices(base) for _ in range(3))
+    for made in (untouched, taken):
+        run("dense", made, 0, stop)
+    saved = copy.deepcopy(get_optimizer_state_dict(*taken))
+    resumed[0].load_state_dict(taken[0].state_dict())
+    resumed[1].set_clock(**taken[1].clock)
+    assert resumed[1].clock == taken[1].clock
+    get_optimizer_state_dict(*resumed)  # a template
+    set_optimizer_state_dict(*resumed, saved)
+    assert resumed[1].clock == taken[1].clock
+    after, *others = (run("dense", made, stop, stop + 3) for made in (untouched, taken, resumed))
+    assert not any(differences(other, after) for other in others)
 
 
 @pytest.mark.parametrize("num_updates", [0, 2, 9], ids="after {}".format)
