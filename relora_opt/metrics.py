@@ -72,8 +72,8 @@ class WeightMetrics:
         low_rank_ratio: |s B A| / |W|, in Frobenius norms: how much of W this cycle's update is. None in the warm start.
         update_rms: |s (B' A' - B A)| / sqrt(m n) of the last update; None where that was not measured (see
             `measures_updates`), or made in the warm start.
-        pruned_share: how much of the moments of A and B the last restart set back; None before the first restart, in
-            a copy of the optimizer, and after loading a state.
+        pruned_share: how much of the moments of A and B the last restart set back; None before the first restart,
+            after a switch between full and low rank, in a copy of the optimizer, and after loading a state.
     """
 
     low_rank_ratio: float | None
@@ -151,7 +151,7 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
 @torch.no_grad()
 def measure(optimizer: ReLoRAOptimizer, watched: Sequence[Watched]) -> Metrics:
     """Return the metrics of an optimizer and its low-rank weights; the device is waited for once."""
-    norms = _norms(watched) if optimizer.is_low_rank else [_Norms(None, None, None)] * len(watched)
+    norms = _norms(watched, is_low_rank=optimizer.is_low_rank)
     sizes = [weight.W.numel() for weight in watched]
     prunings = [weight.pruned for weight in watched]
     next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if watched else None
@@ -178,11 +178,14 @@ class _Norms(NamedTuple):
     moved: float | None
 
 
-def _norms(watched: Sequence[Watched]) -> list[_Norms]:
+def _norms(watched: Sequence[Watched], *, is_low_rank: bool) -> list[_Norms]:
     """Return the norms of every weight. One list crosses from the device."""
-    rows = [(_low_rank_norm(weight), _weight_norm(weight), weight.moved) for weight in watched]
+    rows = [
+        (_low_rank_norm(weight), _weight_norm(weight), weight.moved) if is_low_rank else (None, None, weight.moved)
+        for weight in watched
+    ]
     scalars = [full(norm) for row in rows for norm in row if isinstance(norm, Tensor)]
-    numbers = iter(torch.stack([norm.to(scalars[0].device) for norm in scalars]).tolist())
+    numbers = iter(torch.stack([norm.to(scalars[0].device) for norm in scalars]).tolist() if scalars else ())
     return [_Norms(*(next(numbers) if isinstance(norm, Tensor) else norm for norm in row)) for row in rows]
 
 

@@ -547,6 +547,7 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     def _begin_phase(self) -> None:
         """Forget the selected weights' state, of factors or dense; the factors to come are still to be pointed."""
+        self._pruned = {}
         for group in self.param_groups:
             group["last_restart"] = self.num_updates
             group["pointing"] = self._num_sketches(group)

@@ -324,6 +324,20 @@ def test_sketches_are_no_part_of_the_weight(path: str) -> None:
         assert (found.low_rank_ratio == 0.0) == (is_sketched or u == 5)
 
 
+def test_a_switch_leaves_the_last_update_known_and_no_restarts_share() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(2, warm_start=2, warm_start_at=3))
+    optimizer.measures_updates = True
+    step, found = stepper("dense", optimizer, model), []
+    for u in range(7):
+        step(*batch(u))
+        found.append(optimizer.metrics())
+    assert [seen.low_rank_ratio is None for seen in found] == [False, False, True, True, False, False, False]
+    assert [seen.update_rms is None for seen in found] == [False, False, False, True, True, False, False]
+    assert [seen.pruned_share for seen in found] == [None, 1.0, None, None, None, None, 1.0]
+    assert [seen.num_restarts for seen in found] == [0, 1, 1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize("init", ["kaiming", "gradient"])
 @pytest.mark.parametrize("warm_start", [0, 3])
 def test_before_the_first_update_there_is_nothing_to_see_and_nothing_comes_of_looking(
