@@ -40,8 +40,9 @@ def describe_plan(config: Config) -> str:
     every, at, switch = config.restart_every, config.warm_start_at, config.warm_start_at + config.warm_start
     num_restarts = len(range(every, at, every)) + len(range(switch + every, config.steps + 1, every)) if every else 0
     warm_start = f"{config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
-    warm_start += f" after the first {at:,}" if at else ""
-    restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else "no restart"
+    warm_start += f" after the first {at:,}, ended by a restart" if at else ""
+    none = "no other restart" if at else "no restart"
+    restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else none
     return (
         f"{counted(config.steps, 'update')} at rank {config.rank}, {warm_start}, {restarts}, {rates} "
         "(--rank, --warm-start, --restart-every, --lr and --rest-lr say otherwise)"

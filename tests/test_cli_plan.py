@@ -32,7 +32,8 @@ from relora_opt_cli.resolution import resolve
         ),
         (
             {"warm_start": 120, "warm_start_at": 240},
-            "600 updates at rank 64, 120 of them a warm start after the first 240, no restart, at a rate of 0.001, ",
+            "600 updates at rank 64, 120 of them a warm start after the first 240, ended by a restart, no other "
+            "restart, at a rate of 0.001, ",
         ),
         ({"lr": 1e-3}, "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.001 for "),
         (
@@ -55,7 +56,8 @@ def test_the_plan_counts_the_restarts_that_the_schedule_makes(
     given = {"steps": 1607, "warm_start": warm_start, "warm_start_at": at, "restart_every": restart_every, "rank": 8}
     config = resolve(given)
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
-    words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else "no restart, at"
+    none = "no other restart, at" if at else "no restart, at"
+    words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else none
     assert words in describe_plan(config)
 
 
