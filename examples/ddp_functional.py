@@ -28,7 +28,7 @@ def main() -> None:
         was_low_rank = optimizer.is_low_rank
         optimizer.step()
         optimizer.zero_grad()
-        if optimizer.is_low_rank and not was_low_rank:  # the switch: other parameters are trained from here on
+        if optimizer.is_low_rank != was_low_rank:  # a switch: other parameters are trained from here on
             wrapped = DistributedDataParallel(functional)
     numbers = [sum(p.numel() for p in each.parameters()) for each in (functional, model)]
     print(f"rank {dist.get_rank()}: {numbers[0]} of {numbers[1]} numbers an update, loss {loss.item():.4f}", flush=True)
