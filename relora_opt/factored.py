@@ -5,7 +5,7 @@
     state[W]        A, B and what the base knows of them (state.py), from the first update of the low-rank phase on
     _drafts[W]      the same before that update, so that `state` stays empty until there is something to save
 
-This file makes no update, and does not know schedules but for the switch.
+This file makes no update, and does not know schedules but for the warm start.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class FactoredOptimizer(Optimizer):
         While A is being pointed (init "gradient", at the start of a cycle) they hold what the sketches are made with.
 
         Raises:
-            KeyError: where the parameter is not low-rank. ValueError: before the switch.
+            KeyError: where the parameter is not low-rank. ValueError: in a warm start.
         """
         selected = self._find(parameter)
         if not self.is_low_rank:
-            raise ValueError(f"{selected.slot.name} has no factors before the switch, update {self.schedule.switch}")
+            raise ValueError(f"{selected.slot.name} has no factors until the switch, update {self.schedule.switch}")
         entry = self._entry(selected)
         return entry["A"], entry["B"]
 

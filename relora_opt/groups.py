@@ -336,6 +336,7 @@ _FOREIGN_NAMES = {
     "restart_every": ("the schedule's", "schedule=JaggedSchedule(restart_every=...)"),
     "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
     "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
+    "warm_start_at": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=..., warm_start_at=...)"),
     "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
 }
 _OF_ALL_GROUPS = {

@@ -32,18 +32,17 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], schedule
     _check_form(saved)
     _check_groups(saved["param_groups"], groups)
     num_updates = saved["param_groups"][0]["num_updates"]
-    is_past = not schedule.is_full_rank(num_updates + 1)
+    is_low = not schedule.is_full_rank(num_updates + 1)
     for group, own in zip(saved["param_groups"], groups, strict=True):
         for index, W in zip(group["params"], own["params"], strict=False):  # torch refuses other lengths
             entry = saved["state"].get(index)
             if not group["rank"] or (entry is None and num_updates == 0):
                 continue
-            if is_low_rank(entry) != is_past:
-                where = "past the switch but has no factors" if is_past else "before the switch but has factors"
+            if is_low_rank(entry) != is_low:
+                where = "at low rank but has no factors" if is_low else "in a warm start but has factors"
                 raise ValueError(
-                    f"the saved state is {where}: num_updates={num_updates} with warm_start={schedule.warm_start}"
-                    f"{f' at {schedule.warm_start_at}' if schedule.warm_start_at else ''}; use the schedule it was "
-                    "saved with, and restore the clock first (set_clock) where a template of the state is needed"
+                    f"the saved state is {where}: num_updates={num_updates} with {schedule.place}; use the schedule it "
+                    "was saved with, and restore the clock first (set_clock) where a template of the state is needed"
                 )
             if is_low_rank(entry):
                 _check_entry(entry, W, group["rank"])

@@ -205,7 +205,7 @@ class ReLoRAOptimizer(SavedOptimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, which may set its own `rank`, `alpha` and `factor_lr`.
 
-        A group added after the switch is low-rank at once; its first A belongs to the current cycle.
+        A group added at low rank is low-rank at once; its first A belongs to the current cycle.
         """
         if not self._is_built:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
@@ -267,8 +267,8 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._check_groups()
         if not self.is_low_rank:
             raise ValueError(
-                f"restart() after {self.num_updates} updates: no weight is low-rank now (warm_start="
-                f"{self.schedule.warm_start}, ranks {[group['rank'] for group in self.param_groups]})"
+                f"restart() after {self.num_updates} updates: no weight is low-rank now ({self.schedule.place}, ranks "
+                f"{[group['rank'] for group in self.param_groups]})"
             )
         self._make_entries()
         self._num_breaks += 1

@@ -153,7 +153,7 @@ def attach(weights: Iterable[Selected], find: Find, *, takes_over: bool) -> None
     """Project the gradient of every weight whenever a backward pass has made it, and free it.
 
     Args:
-        find: a bound method, held weakly: (number of group, place in it) -> the weight, or None before the switch.
+        find: a bound method, held weakly: (number of group, place in it) -> the weight, or None in a warm start.
         takes_over: whether a weight is taken from an optimizer that still lives, in a notebook say. If not, only
             weights without a hook get one: parameters that a trainer has put in the place of others.
 

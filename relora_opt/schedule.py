@@ -128,7 +128,7 @@ class JaggedSchedule:
                 "the rate would never recover; shorten the ramp"
             )
         if self.warm_start_at and not self.warm_start:
-            raise ValueError(f"warm_start_at={self.warm_start_at} of no warm start: say how long, warm_start=...")
+            raise ValueError(f"warm_start_at={self.warm_start_at} of no warm start: say how long with warm_start")
         if self.warm_start_at > 0 and self.warm_start < self.restart_warmup:
             raise ValueError(
                 f"restart_warmup={self.restart_warmup} is longer than warm_start={self.warm_start}, in which the rate "
@@ -162,6 +162,11 @@ class JaggedSchedule:
     def switch(self) -> int:
         """The last update of the warm start; 0 where there is none."""
         return self.warm_start_at + self.warm_start
+
+    @property
+    def place(self) -> str:
+        """The warm start's length and place, for messages."""
+        return f"warm_start={self.warm_start}{f' at {self.warm_start_at}' if self.warm_start_at else ''}"
 
     def is_full_rank(self, update: int) -> bool:
         """Say whether this update is one of the warm start."""

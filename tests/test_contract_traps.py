@@ -222,7 +222,7 @@ def test_stale_gradients_at_load_time_make_no_state_that_is_silently_empty(is_fl
     fresh.set_clock(**optimizer.clock)
     mse(resumed, *batch(0)).backward()
     if is_flat:
-        with pytest.raises(ValueError, match="past the switch but has no factors"):
+        with pytest.raises(ValueError, match="at low rank but has no factors"):
             set_optimizer_state_dict(resumed, fresh, saved, options=options)
         return
     set_optimizer_state_dict(resumed, fresh, saved, options=options)
@@ -408,7 +408,7 @@ def of_targets(name: str, updates: int) -> tuple[dict[str, Any], nn.Module]:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (without_factors, "past the switch but has no factors"),
+        (without_factors, "at low rank but has no factors"),
         (with_half_a_pair, r"lacks \['B'\]"),
         (with_other_shapes, r"saved A is \(2, 6\) and B \(6, 2\)"),
         (with_clocks_that_disagree, "disagree"),

@@ -86,6 +86,10 @@ def warm() -> ReLoRAOptimizer:
     return relora(mlp(), schedule=JaggedSchedule(5, warm_start=3))
 
 
+def late() -> ReLoRAOptimizer:
+    return relora(mlp(), schedule=JaggedSchedule(5, warm_start=3, warm_start_at=2))
+
+
 def factors_before_the_switch() -> None:
     model = mlp()
     relora(model, schedule=JaggedSchedule(5, warm_start=3)).factors(model.first.weight)
@@ -350,6 +354,12 @@ MISTAKES = {
     "restart_every": Mistake(lambda: JaggedSchedule(-1), ValueError, "restart_every=-1", "0 or more"),
     "restart_warmup": Mistake(lambda: JaggedSchedule(5, 1.5), ValueError, "restart_warmup=1.5", "a whole number"),
     "warm_start": Mistake(lambda: JaggedSchedule(5, warm_start=-2), ValueError, "warm_start=-2", "0 or more"),
+    "warm_start_at": Mistake(
+        lambda: JaggedSchedule(5, warm_start_at=2), ValueError, "warm_start_at=2", "say how long with warm_start"
+    ),
+    "warm_start_at of the optimizer": Mistake(
+        lambda: low_rank(warm_start_at=9), TypeError, "warm_start_at=9", "JaggedSchedule(1000, warm_start=..., warm_st"
+    ),
     "ramp": Mistake(lambda: JaggedSchedule(5, 6), ValueError, "restart_warmup=6", "shorten the ramp"),
     "outer": Mistake(lambda: JaggedSchedule(5, outer=0.5), TypeError, "outer=0.5", "cosine(20_000), say"),
     "outer not called": Mistake(
@@ -491,6 +501,14 @@ MISTAKES = {
         lambda: warm().load_state_dict(used().state_dict()),
         ValueError,
         "warm_start=3",
+        "use the schedule it was saved with",
+    ),
+    "another place of the warm start": Mistake(
+        lambda: late().load_state_dict(
+            {**used().state_dict(), "param_groups": saved_with(num_updates=2)["param_groups"]}
+        ),
+        ValueError,
+        "in a warm start but has factors: num_updates=2 with warm_start=3 at 2",
         "use the schedule it was saved with",
     ),
     "a state without its factors": Mistake(
