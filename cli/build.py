@@ -133,7 +133,7 @@ def make_schedule(config: Config) -> JaggedSchedule:
         config.restart_every,
         restart_warmup=config.restart_warmup,
         warm_start=config.warm_start,
-        warm_start_at=config.warm_start_at if config.warm_start else 0,
+        warm_start_at=config.warm_start_at if config.rank and config.warm_start else 0,  # else it has no effect
         outer=outer,
     )
 

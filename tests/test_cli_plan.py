@@ -111,3 +111,10 @@ def test_what_is_read_is_a_line_with_documents_and_tokens_on_both_sides(
     sizes = [len(side) for side in (corpus.train, corpus.val)]
     words = f"{sizes[0]} tokens of 1 document for training, {sizes[1]} of 1 document held out"
     assert describe_texts(corpus) == words
+
+
+@pytest.mark.parametrize("warm_start", [0, 3])
+def test_where_the_place_of_a_warm_start_cannot_count_no_ramp_is_refused_for_it(warm_start: int) -> None:
+    given = {"warm_start": warm_start, "warm_start_at": 5, "restart_every": 20, "restart_warmup": 10}
+    config = resolve({"rank": 0, "steps": 40, **given})
+    assert make_schedule(config)(7, last_restart=0) > 0.0
