@@ -4,7 +4,9 @@ The commands that they start inherit the environment, and with it the number of 
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,3 +23,22 @@ def ranks() -> Iterator[Ranks]:
     group = Ranks(2)
     yield group
     group.stop()
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture at the end of a run in this process empty: drawing takes longer than a tiny run.
+
+    A test marked `draws` has it drawn, as every run in a process of its own has; test_cli_plot.py sees to the rest.
+    """
+    train = sys.modules.get("relora_opt_cli.train")
+    if train is not None and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(train, "plot_runs", _empty_picture)
+
+
+def _empty_picture(runs: Sequence[Path], out: Path | None) -> Path:
+    (run,) = runs
+    assert out is None
+    path = run / "curves.png"
+    path.touch()
+    return path

@@ -107,7 +107,6 @@ def test_whatever_becomes_of_its_output_a_run_goes_on_to_its_end(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     (tmp_path / "run.toml").write_text(to_toml(resolve(tiny.options(tmp_path))))
     monkeypatch.setattr(sys, "argv", ["relora-opt", "pretrain", "--config", str(tmp_path / "run.toml")])
     descriptor = output(kind)

@@ -92,6 +92,7 @@ def rows(run: Path) -> list[Row]:
     return [replace(row, tokens_per_second=None) for row in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.mark.draws
 def test_a_run_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path)
     assert " documents for training, " in capsys.readouterr().out.partition("\ncpu: ")[0]
