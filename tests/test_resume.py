@@ -44,7 +44,6 @@ class Killed(BaseException):
 def _quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)  # half of a tiny run's time
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +103,24 @@ POINTS = {
     "in the second epoch": SECOND_EPOCH,
     "at the third restart, on the update before the last": STEPS - 1,
 }
+# Of the points, those that are fast.
+WITHIN_AN_UPDATE = (
+    "before the first update",
+    "on the update before the switch",
+    "at the switch",
+    "on the update before a restart",
+    "at a restart",
+    "after a restart",
+    "in the second epoch",
+    "at the third restart, on the update before the last",
+)
 BETWEEN_UPDATES = ("before the first update", "at the switch", "after a restart", "in the second epoch")
 
 
 def cases() -> Iterator[Any]:
     for point in POINTS:
-        yield pytest.param(point, 2, 1, id=f"{point}, within an update")
+        marks = () if point in WITHIN_AN_UPDATE else pytest.mark.slow
+        yield pytest.param(point, 2, 1, id=f"{point}, within an update", marks=marks)
         marks = () if point in BETWEEN_UPDATES else pytest.mark.slow
         yield pytest.param(point, 1, 4, id=f"{point}, between updates", marks=marks)
 
@@ -320,8 +331,15 @@ NAN, JUMP = r"loss nan is not finite", r"loss \d{3}\.\d+ is above \d\.\d+, and t
 
 
 @pytest.mark.usefixtures("quick_guard")
-@pytest.mark.parametrize("killed_at", [6, 7])
-@pytest.mark.parametrize(("factor", "reason"), [(float("nan"), NAN), (100.0, JUMP)], ids=["nan", "finite"])
+@pytest.mark.parametrize(
+    ("factor", "reason", "killed_at"),
+    [
+        pytest.param(float("nan"), NAN, 6, id="nan, 6"),
+        pytest.param(100.0, JUMP, 7, id="finite, 7"),
+        pytest.param(float("nan"), NAN, 7, id="nan, 7", marks=pytest.mark.slow),
+        pytest.param(100.0, JUMP, 6, id="finite, 6", marks=pytest.mark.slow),
+    ],
+)
 def test_batches_whose_loss_explodes_are_skipped_counted_and_not_served_again(
     factor: float,
     reason: str,
