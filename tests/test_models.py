@@ -14,7 +14,7 @@ from materialised import TOLERANCE, Gradients, factor_gradients, oracle, sgd
 from models import PATHS, stepper
 from torch import Tensor, nn
 from zoo import TORCH, Case
-from zoo_transformers import TRANSFORMERS
+from zoo_transformers import TRANSFORMERS, for_runs
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
@@ -71,7 +71,7 @@ def test_exactly_the_named_weights_are_low_rank(name: str) -> None:
     assert sorted(optimizer.selected) == sorted(case.names(model))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", for_runs(CASES))
 def test_two_lines_train_it_through_two_restarts_with_updates_of_the_rank(name: str) -> None:
     case = CASES[name]
     model, loss_fn = case.model(), case.loss_fn()
@@ -108,7 +108,7 @@ def assert_rank(optimizer: ReLoRAOptimizer, W: Tensor, start: Tensor, name: str)
     assert (sizes[..., RANK] <= 1e-10 * sizes[..., 0]).all(), f"{name}: singular values {sizes}"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", for_runs(CASES))
 def test_the_functional_paths_train_it_as_the_dense_one_does(name: str) -> None:
     (losses, dense), *others = (trained(CASES[name], path) for path in PATHS)
     for other_losses, other in others:

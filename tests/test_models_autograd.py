@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from zoo import TORCH, Case
-from zoo_transformers import GROUPED, TRANSFORMERS, embedded, mixtral
+from zoo_transformers import GROUPED, TRANSFORMERS, embedded, for_runs, mixtral
 
 
 def checkpointed(model: nn.Module, *, use_reentrant: bool) -> nn.Module:
@@ -38,8 +38,18 @@ CHECKPOINTED = [name for name in CASES if name != "parametrized"]
 @pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 )  # by transformers 5.23
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "use_reentrant"),
+    [
+        ("dense", True),
+        ("functional", False),
+        ("step", True),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in (("dense", False), ("functional", True), ("step", False))
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointing_has_the_factor_gradients_of_the_oracle_without(
     name: str, path: str, use_reentrant: bool
@@ -107,7 +117,7 @@ def test_in_bfloat16_the_factor_gradients_are_the_oracles_to_rounding(name: str,
     assert_close(actual, expected, tolerance=0.25)
 
 
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("name", for_runs(HALF))
 def test_in_bfloat16_two_lines_train_it_through_two_restarts(name: str) -> None:
     case = HALF[name]
     model, loss_fn = case.model(torch.bfloat16), case.loss_fn(torch.bfloat16)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from zoo import TORCH
-from zoo_transformers import TRANSFORMERS
+from zoo_transformers import TRANSFORMERS, for_runs
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, muon_beside_adamw
 from relora_opt.release import ProjectedGradient, numbers_of
@@ -69,7 +69,7 @@ def close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
 # ---- the same training
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", for_runs(CASES))
 def test_every_model_trains_as_without(name: str) -> None:
     case = CASES[name]
     runs = []

@@ -1,9 +1,10 @@
 """Tiny random models of transformers, one an architecture, built from configurations without a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -129,5 +130,15 @@ TRANSFORMERS = {
     "Mamba2, all": case(mamba2, text, r"_proj\.weight|conv1d\.weight|embeddings|lm_head"),
     "Whisper, all": case(whisper, speech, r"(_proj|fc\d|conv\d|embed_tokens|decoder\.embed_positions)\.weight"),
 }
+# Gradients are compared for every model; what a run of updates adds depends little on it.
+RUN_FAST = ("Llama", "GPT-2, all", "Mixtral, all", "Mamba2, all")
+
+
+def for_runs(names: Iterable[str]) -> list[Any]:
+    """Return names of cases as parameters, with those of transformers slow but for a few."""
+    slow = TRANSFORMERS.keys() - RUN_FAST
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
 # transformers' default experts, which take no float64: the eager ones are their oracle.
 GROUPED = case(partial(mixtral, "grouped_mm"), text, r"_proj")
