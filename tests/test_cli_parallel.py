@@ -21,6 +21,8 @@ from relora_opt_cli.checkpoint import checkpoints, read_config, read_progress, s
 from relora_opt_cli.errors import UserError
 from relora_opt_cli.parallel import World, world
 from relora_opt_cli.record import TENSORS, read_record
+from relora_opt_cli.resolution import resolve
+from relora_opt_cli.run import _check_shares, new_run
 from safetensors.torch import load_file, save_file
 
 OPTIONS = "--vocab-size 300 --seq-len 16 --batch-size 8 --rank 8 --restart-every 4 --restart-warmup 2 --warm-start 3"
@@ -260,6 +262,14 @@ def test_an_interrupt_stops_all_processes_at_the_same_update(tmp_path: Path, tex
     assert last_save(tmp_path / "run") == rows(tmp_path / "run")[-1]["update"] > 0
 
 
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    config = resolve({"data": ["text.txt"], "batch_size": 9})
+    _check_shares(config, World(0, 0, 3))
+    with pytest.raises(UserError, match="batch_size=9 does not divide among 2 processes: make it a multiple"):
+        _check_shares(config, World(0, 0, 2))
+
+
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path: Path, text: Path) -> None:
     run = pretrain(tmp_path, 2, *options(text), "--batch-size", 9, "--out", "run")
     assert run.returncode != 0
@@ -384,7 +394,8 @@ if rank == {rank}: loop.Batches.batch = after(loop.Batches.batch, 5, lambda: tim
     assert "another process of this run has not answered for 0.1 minutes" in line
 
 
-@pytest.mark.parametrize("shard", [(), pytest.param(("--shard",), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow  # test_step_parallel.py has the law itself
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=str)
 def test_a_loss_that_explodes_in_one_process_is_skipped_by_all(
     tmp_path: Path, text: Path, shard: tuple[str, ...]
 ) -> None:
@@ -593,6 +604,13 @@ def test_a_text_to_exit_with_is_no_success_in_one_of_several_processes(tmp_path:
         assert (run.returncode, run.stderr) == (1, "that went wrong\n")
 
 
+def test_one_process_is_not_sharded() -> None:
+    config = resolve({"data": ["text.txt"], "shard": True})
+    with pytest.raises(UserError, match="shard=True, but there is one process: start several with torchrun"):
+        new_run(config, World(0, 0, 1))
+
+
+@pytest.mark.slow
 def test_one_process_cannot_be_sharded(tmp_path: Path, text: Path) -> None:
     run = pretrain(tmp_path, 1, *options(text), "--shard", "--out", "run")
     assert run.returncode == 2
