@@ -495,7 +495,7 @@ def test_a_record_names_its_two_files_and_no_other(files: dict[str, Any], good: 
 
 
 @given(key=st.sampled_from(["progress", "config", "identity", "optimizer", "random"]), value=JSON)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_values_that_make_no_sense_are_a_mistake_of_the_user_s_though_their_checksum_is_right(
     good: Path, key: str, value: Any
 ) -> None:

@@ -124,7 +124,7 @@ LIKE = {
 
 
 @pytest.mark.parametrize("tokenizer", LIKE.values(), ids=LIKE)
-@pytest.mark.parametrize("size", [1, 1 << 22])
+@pytest.mark.parametrize("size", [1, pytest.param(1 << 22, marks=pytest.mark.slow)])
 @given(st.lists(st.text("ab1.'\n é-", max_size=9), min_size=1, max_size=20), st.integers(20, 40))
 @settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_a_long_document_has_the_tokens_that_it_would_have_in_one_part(

@@ -111,7 +111,9 @@ def fsdp2_beside_one(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in ("random", "keep") else ()) for case in CASES]
+)
 def test_fsdp2_trains_what_one_process_trains_and_A_is_alike_on_every_rank(ranks: Ranks, case: str) -> None:  # noqa: N802
     found = ranks.run(fsdp2_beside_one, CASES[case])
     assert not differences(*found)
@@ -240,7 +242,9 @@ def on_two(rank: int, changes: dict[str, Any], updates: range, folder: str, to: 
     return before, saves(model, optimizer, to)
 
 
-@pytest.mark.parametrize("stop", [2, 4, 7, 9])
+@pytest.mark.parametrize(
+    "stop", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 7]
+)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # it is, in the one process
 def test_a_run_goes_from_two_ranks_to_one_and_back(ranks: Ranks, stop: int, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_grad_norm": 0.5}
@@ -638,6 +642,7 @@ def trainer_under_ddp(rank: int, folder: str) -> Any:
     return {"model": single.weights(model), "optimizer": made.optimizer.optimizer.state_dict()["state"]}
 
 
+@pytest.mark.slow
 def test_the_trainer_of_transformers_trains_alike_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     found = ranks.run(trainer_under_ddp, str(tmp_path))
     assert not differences(*found)

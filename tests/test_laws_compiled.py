@@ -64,7 +64,7 @@ class Named(nn.Module):
         return self._orig_mod(x) + nn.functional.linear(x, self.weight)
 
 
-@pytest.mark.parametrize("part", ["", "first", "second", "a user's"])
+@pytest.mark.parametrize("part", ["", pytest.param("first", marks=pytest.mark.slow), "second", "a user's"])
 @pytest.mark.usefixtures("backend")
 def test_a_model_that_was_compiled_already_is_compiled_as_a_whole(part: str) -> None:
     runs = []
@@ -90,7 +90,7 @@ def test_a_model_that_was_compiled_already_is_compiled_as_a_whole(part: str) -> 
     torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+@pytest.mark.parametrize("mode", [pytest.param("default", marks=pytest.mark.slow), "max-autotune"])
 def test_options_are_torch_compiles_own(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     compile = torch.compile
@@ -132,8 +132,18 @@ def test_compiled_factor_gradients_equal_eager_ones_at_random_b(dtype: torch.dty
         assert float((eager - compiled_).abs().max()) <= TOLERANCE[dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("base", "dtype"),
+    [
+        ("SGD", torch.float32),
+        ("SGD", torch.bfloat16),
+        ("AdamW", torch.float64),
+        pytest.param("SGD", torch.float64, marks=pytest.mark.slow),
+        pytest.param("AdamW", torch.float32, marks=pytest.mark.slow),
+        pytest.param("AdamW", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("backend")
 def test_the_compiled_step_equals_the_eager_one_through_the_switch_and_restarts(dtype: torch.dtype, base: str) -> None:
     """One update after each event in bfloat16, where roundings differ; all 24 updates otherwise."""

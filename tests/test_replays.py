@@ -96,7 +96,7 @@ def _alias() -> nn.Module:
 @pytest.mark.parametrize(
     "case",
     [
-        {"accumulate": 1},
+        pytest.param({"accumulate": 1}, marks=pytest.mark.slow),
         {"accumulate": 3},
         {"accumulate": 2, "loss_fn": _with_aux, "has_aux": True},
         {"accumulate": 3, "model": _alias},
