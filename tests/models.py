@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine
 
 PATHS = ("dense", "functional", "step")
+# What make_step(compile=) is tried with: aot_eager traces and derives as inductor does, which takes seconds to build.
+COMPILES = (
+    pytest.param(False, id="eager"),
+    pytest.param({"backend": "aot_eager"}, id="aot_eager"),
+    pytest.param(True, id="inductor", marks=pytest.mark.slow),
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),

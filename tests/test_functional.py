@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, mlp, mse, relora, selected_weights
+from models import COMPILES, batch, mlp, mse, relora, selected_weights
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, LowRankWeight, ReLoRAOptimizer
@@ -45,9 +45,9 @@ def small(model: nn.Module, **changes: Any) -> ReLoRAOptimizer:
     return ReLoRAOptimizer(model, torch.optim.SGD, **{**settings, **changes})
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", COMPILES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13's compiler uses what torch 2.13 deprecates
-def test_a_rollback_across_the_switch_trains_on(compile: bool) -> None:
+def test_a_rollback_across_the_switch_trains_on(compile: Any) -> None:
     losses: list[list[float]] = []
     for rolls_back in (False, True):
         model = mlp(torch.float64)
@@ -214,9 +214,9 @@ def test_what_would_part_it_from_its_optimizer_is_refused(attempt: Any, words: s
         attempt(f)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", COMPILES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
-def test_a_loss_that_is_no_scalar_is_named_compiled_or_not(compile: bool) -> None:
+def test_a_loss_that_is_no_scalar_is_named_compiled_or_not(compile: Any) -> None:
     model = mlp()
     step = relora(model).make_step(model, lambda model, x, y: model(x) - y, compile=compile)
     with pytest.raises(TypeError, match=r"a tensor of shape \(12, 3\) and not a scalar tensor: reduce it"):

@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from relora_opt import JaggedSchedule, LowRankWeight, ReLoRAOptimizer
 
-PATHS = ("functional", "step", "compiled")
+AOT_EAGER = {"backend": "aot_eager"}  # by inductor every compilation takes seconds
+PATHS = ("functional", "step", "compiled", pytest.param("inductor", marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,9 @@ def trained(path: str, change: Callable[[nn.Sequential], Any], **options: Any) -
     optimizer = sgd(model, **options)
     f = optimizer.functional(model) if path == "functional" else model
     step = None
-    if path in ("step", "compiled"):
-        step = optimizer.make_step(model, loss_of, compile=path == "compiled")
+    compiles = {"step": False, "compiled": AOT_EAGER, "inductor": True}
+    if path in compiles:
+        step = optimizer.make_step(model, loss_of, compile=compiles[path])
     losses = []
     for index in range(7):
         if index in (2, 5):
@@ -151,10 +153,14 @@ def test_a_weight_that_is_frozen_under_a_compiler_of_ones_own_gets_no_factor_gra
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
-def test_a_weight_that_is_frozen_now_and_then_is_compiled_once_frozen_and_once_not() -> None:
+@pytest.mark.parametrize(
+    "compile",
+    [pytest.param(AOT_EAGER, id="aot_eager"), pytest.param(True, id="inductor", marks=pytest.mark.slow)],
+)
+def test_a_weight_that_is_frozen_now_and_then_is_compiled_once_frozen_and_once_not(compile: Any) -> None:
     model = layers()
     optimizer = sgd(model, schedule=JaggedSchedule(0))
-    step = optimizer.make_step(model, loss_of)
+    step = optimizer.make_step(model, loss_of, compile=compile)
     x = torch.ones(2, 6, dtype=torch.float64)
     step(x)
     freeze_or_unfreeze(model)
