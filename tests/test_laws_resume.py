@@ -38,7 +38,7 @@ def build(
     seed: int = 0,
 ) -> tuple[MLP, ReLoRAOptimizer]:
     model = mlp(dtype, seed=seed)
-    changes: dict[str, Any] = {"init": init, "alpha": "matched"} if init == "gradient" else {}
+    changes: dict[str, Any] = {"init": init} | ({"alpha": "matched"} if init == "gradient" else {})
     changes |= {"schedule": schedule, "prune": STRATEGIES[strategy], "max_grad_norm": 0.5, "factor_lr": 2.0}
     return model, relora(model, base, **changes)
 
