@@ -38,7 +38,7 @@ from .groups import (
     resolve_added_group,
     resolve_groups,
 )
-from .restart import check_prunable, prune_states_, reset_counters_
+from .restart import changed, check_prunable, numbers, prune_states_, reset_counters_
 from .saved import SavedOptimizer
 from .schedule import JaggedSchedule
 from .select import Targets
@@ -183,8 +183,7 @@ class ReLoRAOptimizer(SavedOptimizer):
         counts = not phantom.is_phantom(self.param_groups, self.state, self._all_factors())
         if counts and self._is_template:
             if self.num_updates == 0:
-                phantom.forget_all_(self.state)
-                self._inner = inner.Inner(self._base)
+                self._forget_template()
             self._is_template = False
         self._make_entries()
         self._attach(takes_over=False)
@@ -422,19 +421,32 @@ class ReLoRAOptimizer(SavedOptimizer):
     def _make_template(self, closure: Callable[[], Any] | None) -> Any:
         """Make the phantom step: the base makes its state, and nothing else changes."""
         base = self._inner.current(self.param_groups, self.state)
-        before = [dict(group) for group in self.param_groups]
+        before = [numbers(group) for group in self.param_groups]
         with gradients.projected(list(self._low_rank_weights())):
             self._inner.set_rates(self.param_groups, self._rates())
             result = inner.step(base, closure)
         self._inner.adopt(self.param_groups, self.state)
         self._is_template = True
+        self._made_up = [
+            {key: old.get(key) for key in changed(old, numbers(group))}
+            for group, old in zip(self.param_groups, before, strict=True)
+        ]
         if self._fresh is None and self.num_updates > 0:  # a later warm start of all that is trained has just begun
-            phantom.forget_all_(self.state)
-            for group, own in zip(self.param_groups, before, strict=True):
-                group.clear()
-                group.update(own)
+            self._forget_template()
         phantom.forget_(self.state, (s for s in self._selected() if s.slot.name in (self._fresh or ())))
         return result
+
+    def _forget_template(self) -> None:
+        """Take back all that the phantom step has made up, in the state and in the groups."""
+        phantom.forget_all_(self.state)
+        for group, fresh in zip(self.param_groups, self._made_up, strict=False):  # groups may have come since
+            for key, value in fresh.items():
+                if value is None:
+                    group.pop(key, None)
+                else:
+                    group[key] = value
+        self._made_up = []
+        self._inner = inner.Inner(self._base)
 
     def _template(self, resolved: Sequence[ResolvedGroup]) -> Optimizer:
         """Return the base over parameters like those that it will see, for the options that it fills in."""

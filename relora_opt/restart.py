@@ -119,16 +119,16 @@ class Counters:
         random = random.to(factor.device, factor.dtype)
         optimizer, self._fresh = _tried(base, options, torch.ones_like(random))
         other, _ = _tried(base, options, random)
-        after, idle, other_idle = map(_numbers, (*optimizer.param_groups, other.param_groups[1]))
-        followed = _changed(idle, other_idle)
+        after, idle, other_idle = map(numbers, (*optimizer.param_groups, other.param_groups[1]))
+        followed = changed(idle, other_idle)
         self.shared = followed | {str(key) for key in optimizer.state if not isinstance(key, Tensor)}
-        self._names = _changed(self._fresh, after) - followed - {*OPTIONS}
+        self._names = changed(self._fresh, after) - followed - {*OPTIONS}
 
     def reset_(self, group: Group) -> None:
         """Give a group the numbers of a fresh base's, in place."""
         for key in self._names & group.keys():
             if key in self._fresh:
-                group[key] = _numbers(self._fresh)[key]
+                group[key] = numbers(self._fresh)[key]
             else:
                 del group[key]
 
@@ -190,10 +190,10 @@ class FreshState:
         return torch.equal(used, fresh)
 
 
-def _numbers(group: Group) -> dict[str, Any]:
+def numbers(group: Group) -> dict[str, Any]:
     """Return the numbers in a group, but its rate: copies of those in tensors."""
-    numbers = {key: value for key, value in group.items() if isinstance(value, (int, float, Tensor)) and key != "lr"}
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in numbers.items()}
+    found = {key: value for key, value in group.items() if isinstance(value, (int, float, Tensor)) and key != "lr"}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def _tried(base: Base, options: Group, gradients: Tensor) -> tuple[Optimizer, dict[str, Any]]:
@@ -203,14 +203,15 @@ def _tried(base: Base, options: Group, gradients: Tensor) -> tuple[Optimizer, di
     """
     scratch, idle = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
     optimizer = base.build([{**options, "params": [p], "lr": 1.0} for p in (scratch, idle)])
-    fresh = _numbers(optimizer.param_groups[0])
+    fresh = numbers(optimizer.param_groups[0])
     for gradient in gradients:
         scratch.grad, idle.grad = gradient.clone(), torch.zeros_like(gradient)
         step(optimizer)
     return optimizer, fresh
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """Return the keys whose values are others than before, or new."""
     return {key for key in after if key not in before or not _is_equal(after[key], before[key])}
 
 

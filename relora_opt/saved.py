@@ -39,6 +39,7 @@ class SavedOptimizer(FactoredOptimizer):
     """The checkpoints of `ReLoRAOptimizer`."""
 
     _fresh: Collection[str] | None = None  # what set_clock said
+    _made_up: Sequence[dict[str, Any]] = ()  # by group: what its numbers were before such a step has changed them
     _is_template = False  # whether the state may be what a phantom step, which is no update, has made up
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,5 +227,6 @@ _OWN = (
     "_matched",
     "_fresh",
     "_is_template",
+    "_made_up",
     "_passes_closure",
 )

@@ -311,6 +311,13 @@ MUTATIONS = (
         ("test_dcp.py", "without_fresh"),
     ),
     Mutation(
+        "let the phantom step count in a base's groups",
+        "optimizer.py",
+        "                    group.pop(key, None)\n",
+        "                    pass\n",
+        ("test_foreign_bases.py", "counts_nothing"),
+    ),
+    Mutation(
         "leave in a template of a later warm start what the phantom step has made up",
         "phantom.py",
         "            del state[p]",
@@ -768,7 +775,7 @@ MUTATIONS = (
     Mutation(
         "reset what follows the gradients of other groups",
         "restart.py",
-        "followed = _changed(idle, other_idle)",
+        "followed = changed(idle, other_idle)",
         "followed: set[str] = set()",
         ("test_foreign_bases.py", "keeps_of_all"),
     ),

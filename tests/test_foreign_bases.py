@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import batch, mlp, mse, selected_weights
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
@@ -135,6 +136,20 @@ def test_in_a_later_warm_start_a_base_is_a_fresh_one(base: Any) -> None:
     for name, weight in selected_weights(model).items():
         assert not torch.equal(weight, before[name])
         assert torch.equal(weight, theirs[name])
+
+
+@pytest.mark.parametrize("warm_start", [0, 2])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_taking_the_state_before_the_first_update_counts_nothing_in_the_groups(warm_start: int) -> None:
+    ends = []
+    for is_taken in (False, True):
+        model, optimizer = trained(Grows, 0, schedule=JaggedSchedule(0, warm_start=warm_start))
+        if is_taken:
+            assert get_optimizer_state_dict(model, optimizer)["state"]
+        train(model, optimizer, range(6))
+        assert {group["k"] for group in optimizer.param_groups} == {6, 6 - warm_start}
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
 
 
 class Around(Optimizer):
