@@ -39,6 +39,7 @@ class Settings:
     dense_from, dense_to    updates from + 1 to .. are made at full rank, on the whole weights, with new moments
     dense_every             and so are as many, every so many updates again
     dense_restarts          a restart follows them
+    dense_warmup            updates over which the rate climbs from 0 at their beginning
     cooling                 the share of a cycle, its last, over which the rate falls to `floor` of what it would be
     average                 a restart leaves W at the mean of its values over the cycle, weighted by this decay
     redraws                 False: a restart keeps A and zeroes B
@@ -57,6 +58,7 @@ class Settings:
     dense_to: int = 0
     dense_every: int = 10**9
     dense_restarts: bool = False
+    dense_warmup: int = 0
     cooling: float = 0.0
     floor: float = 0.0
     average: float = 0.0
@@ -98,6 +100,8 @@ def ticks(own: Settings, steps: int) -> Iterator[Tick]:
         is_dense = not own.rank or place < length
         dense_since = dense_since if is_dense else u
         rate = schedule(u, last, num_restarts=num_restarts)
+        if is_dense and 0 < u - dense_since < own.dense_warmup:
+            rate = (u - dense_since) / own.dense_warmup * outer(steps)(dense_since + own.dense_warmup)
         restarts = u <= own.restart_until and schedule.restarts_after(u)
         restarts |= own.dense_restarts and place == length - 1
         restarts &= bool(own.rank) and u < steps

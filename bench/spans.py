@@ -40,11 +40,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """Trials of one size and length, which are made together."""
+    """Trials of one size and length, which are made together; `reference` names the plan that has their full rank."""
 
     size: str
     steps: int
     trials: list[Trial]
+    reference: str = ""
 
 
 def run(plan: Plan, size: Size, *, device: str = "cpu", compile: bool = True) -> dict[str, Any]:
@@ -157,6 +158,13 @@ def places() -> Plan:
     return Plan("w128", 1000, trials)
 
 
+def eased() -> Plan:
+    """With a ramp at the beginning of full rank too; in float32 on one core."""
+    ramp = Trial("rank 16, full 400 to 600, a ramp of 20 into it", low(16, **span(400, 600, dense_warmup=20)))
+    plain = Trial("rank 16, full 400 to 600", low(16, **span(400, 600)), seeds=(1,))
+    return Plan("w128", 1000, [ramp, plain], reference="places")
+
+
 def wide() -> Plan:
     """The same at an eighth of width 256, on three texts."""
     trials = []
@@ -234,6 +242,7 @@ _SHORT_FORMS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 PLANS: dict[str, Callable[[], Plan]] = {
     "places": places,
+    "eased": eased,
     "wide": wide,
     "long": long,
     "restarts": restarts,
@@ -261,9 +270,10 @@ class Row:
         return statistics.fmean(gaps[place] for gaps in self.gaps)
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
-    """Return a plan's trials in their order."""
-    full = {(run["text"], run["seed"]): run["val_losses"] for run in result["runs"] if run["name"] == "full rank"}
+def rows(result: dict[str, Any], reference: dict[str, Any] | None = None) -> list[Row]:
+    """Return a plan's trials in their order, beside the full rank of its own runs or of a reference's."""
+    runs = (result if reference is None else reference)["runs"]
+    full = {(run["text"], run["seed"]): run["val_losses"] for run in runs if run["name"] == "full rank"}
     by_trial: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in result["runs"]:
         by_trial.setdefault((run["text"], run["name"]), []).append(run)
@@ -294,11 +304,14 @@ def write_report(path: Path) -> None:
         lines += [f"## {name}: {result['size']}, {result['steps']} updates", "", doc, ""]
         heads = " | ".join(f"after {result['updates'][place]}" for place in places)
         lines += [f"| text | trial | {heads} | at the end | losses |", "|---|---|" + "---|" * (len(places) + 2)]
-        for row in sorted(rows(result), key=lambda row: (row.text, row.end[0])):
+        reference = plan().reference
+        beside = json.loads((RESULTS / f"{reference}.json").read_text()) if reference else None
+        for row in sorted(rows(result, beside), key=lambda row: (row.text, row.end[0])):
             gap, error = row.end
             cells = " | ".join(f"{row.mean(place):+.3f}" for place in places)
             losses = ", ".join(f"{loss:.3f}" for loss in row.losses)
-            lines.append(f"| {row.text} | {row.name} | {cells} | {gap:+.3f} ± {error:.3f} | {losses} |")
+            spread = f" ± {error:.3f}" if len(row.losses) > 1 else ""
+            lines.append(f"| {row.text} | {row.name} | {cells} | {gap:+.3f}{spread} | {losses} |")
         lines.append("")
     path.write_text("\n".join(lines))
 

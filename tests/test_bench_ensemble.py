@@ -60,6 +60,7 @@ CHANGES: list[dict[str, float]] = [
     {"dense_from": 6, "dense_to": 9},
     {"dense_from": 2, "dense_to": 4, "dense_every": 5},
     {"dense_from": 5, "dense_to": 7, "dense_restarts": True},
+    {"dense_from": 5, "dense_to": 9, "dense_warmup": 3},
     {"init_scale": 0.5},
     {"beta1": 0.5},
     {"beta2": 0.5},
@@ -90,3 +91,6 @@ def test_the_clock_of_dense_spans() -> None:
     assert [tick.dense_age for tick in clock if tick.is_dense] == [1, 2, 1, 2]
     assert [tick.age for tick in clock[4:7]] == [1, 2, 3]
     assert clock[4].rate == pytest.approx(clock[5].rate / 2)
+    eased = list(ticks(dataclasses.replace(own, dense_warmup=2), 12))
+    assert eased[2].rate == pytest.approx(clock[3].rate / 2)
+    assert eased[3] == clock[3]

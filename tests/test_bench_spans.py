@@ -44,7 +44,7 @@ def test_a_plan_makes_the_runs_that_trainers_make(monkeypatch: pytest.MonkeyPatc
     held_out = [Data(9).batch(0), Data(9).batch(1)]
     monkeypatch.setattr(texts, "batches_of", lambda size, text, seed: (Data(seed), held_out, 0))
     late: dict[str, Any] = {"lr": 3e-3, "rest_lr": 1e-3, "rank": 4}
-    own = Settings(**late, dense_from=4, dense_to=8, dense_restarts=True, restart_warmup=2)
+    own = Settings(**late, dense_from=4, dense_to=8, dense_restarts=True, dense_warmup=2, restart_warmup=2)
     plan = Plan("tiny", STEPS, [Trial("full rank", Settings(1e-3, 2e-3)), Trial("late", own, seeds=(2, 3))])
     result = spans.run(plan, SIZE, compile=False)
     assert [(run["name"], run["seed"]) for run in result["runs"]] == [
