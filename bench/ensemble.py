@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from relora_opt_cli.model import Llama
+from relora_opt_cli.model.rope import angles, rotate
 from torch import Tensor
 
 from relora_opt import JaggedSchedule
@@ -40,12 +41,11 @@ class Settings:
     dense_every             and so are as many, every so many updates again
     dense_restarts          a restart follows them
     dense_warmup            updates over which the rate climbs from 0 at their beginning
-    cooling                 the share of a cycle, its last, over which the rate falls to `floor` of what it would be
+    cooling                 the share of a cycle, its last, over which the rate falls to 0
     average                 a restart leaves W at the mean of its values over the cycle, weighted by this decay
     redraws                 False: a restart keeps A and zeroes B
     init_scale              multiplies the matrices that the run starts from
     beta1, beta2            of the factors, or of full rank's matrices
-    a_rate                  multiplies A's rate
     """
 
     lr: float
@@ -60,15 +60,11 @@ class Settings:
     dense_restarts: bool = False
     dense_warmup: int = 0
     cooling: float = 0.0
-    floor: float = 0.0
     average: float = 0.0
     redraws: bool = True
     init_scale: float = 1.0
     beta1: float = BETAS[0]
     beta2: float = BETAS[1]
-    a_rate: float = 1.0
-    alpha: str = "matched"
-    init: str = "orthogonal"
 
 
 class Run(NamedTuple):
@@ -108,7 +104,7 @@ def ticks(own: Settings, steps: int) -> Iterator[Tick]:
         cooled = rate
         if own.cooling and last + own.restart_every <= min(own.restart_until, steps - 1):
             left = last + own.restart_every - u  # until the restart
-            cooled *= max(own.floor, min(1.0, (left + 0.5) / (own.cooling * own.restart_every)))
+            cooled *= min(1.0, (left + 0.5) / (own.cooling * own.restart_every))
         yield Tick(rate, cooled, u - last, u - dense_since, is_dense, u, restarts)
         if restarts:
             last, num_restarts = u, num_restarts + 1
@@ -128,8 +124,7 @@ class Ensemble:
         dtype: torch.dtype = torch.bfloat16,
         compile: bool = True,
     ) -> None:
-        self.runs, self.steps, self.device, self.dtype = runs, steps, device, dtype
-        count = len(runs)
+        self.runs, self.dtype, self.num_updates = runs, dtype, 0
         named = [dict(model.named_parameters()) for model in models]
         self.weights = {
             name: torch.stack([own[name].detach() for own in named]).to(device).requires_grad_() for name in named[0]
@@ -156,38 +151,42 @@ class Ensemble:
             if any(clock[u].restarts for clock in clocks)
         }
         self.lr, self.rest_lr = column([o.lr for o in options]), column([o.rest_lr for o in options])
-        self.a_rate = column([o.a_rate for o in options])
         self.beta1, self.beta2 = column([o.beta1 for o in options]), column([o.beta2 for o in options])
         self.average = column([o.average for o in options])
         self.averages = any(o.average for o in options)
         self.is_dense = any(not o.rank or o.dense_to for o in options)
-        self.most = max(o.rank for o in options)
-        self.scales: dict[str, Tensor] = {}
-        self.state: dict[str, dict[str, Tensor]] = {}
-        for name in self.matrices:
-            W = self.data[name]
-            _, m, n = W.shape
-            self.scales[name] = column([math.sqrt(n / o.rank) if o.rank else 0.0 for o in options])
-            entry = {"A": W.new_zeros(count, self.most, n), "B": W.new_zeros(count, m, self.most)}
-            entry |= {f"{moment}{of}": torch.zeros_like(entry[of]) for of in ("A", "B") for moment in ("m", "v")}
-            if self.is_dense:
-                entry |= {"m": torch.zeros_like(W), "v": torch.zeros_like(W)}
-            if self.averages:
-                entry["average"] = W.clone()
-            self.state[name] = entry
-        self.moments = {
-            name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.weights.items() if name in self.rest
+        self.scales = {
+            name: column([math.sqrt(self.data[name].shape[2] / o.rank) if o.rank else 0.0 for o in options])
+            for name in self.matrices
         }
-        self.num_restarts = [0] * count
-        for i in range(count):
+        self.state = {name: self._new_state(self.data[name]) for name in self.matrices}
+        self.moments = {
+            name: (torch.zeros_like(self.data[name]), torch.zeros_like(self.data[name])) for name in self.rest
+        }
+        self.num_restarts = [0] * len(runs)
+        for i in range(len(runs)):
             self._draw(i)
-        self.num_updates = 0
-        self.turns = _turns(seq_len, models[0].config.hidden_size // HEADS, device)
+        config = models[0].config
+        turns = angles(
+            torch.arange(seq_len, device=device), head_size=config.head_size, theta=config.rope_theta, scaling=None
+        )
+        self.turns = turns.cos(), turns.sin()
         functions = (_layer, _losses, _projected, _move_, _adam_)
         # In pieces: all layers share one compilation, and all matrices of a shape.
         self._layer, self._losses, self._projected, self._move_, self._adam_ = (
             torch.compile(function, dynamic=False) if compile else function for function in functions
         )
+
+    def _new_state(self, W: Tensor) -> dict[str, Tensor]:
+        count, m, n = W.shape
+        rank = max(run.settings.rank for run in self.runs)
+        entry = {"A": W.new_zeros(count, rank, n), "B": W.new_zeros(count, m, rank)}
+        entry |= {f"{moment}{of}": torch.zeros_like(entry[of]) for of in ("A", "B") for moment in ("m", "v")}
+        if self.is_dense:
+            entry |= {"m": torch.zeros_like(W), "v": torch.zeros_like(W)}
+        if self.averages:
+            entry["average"] = W.clone()
+        return entry
 
     def step(self, tokens: Tensor) -> Tensor:
         """Make an update of every run on its tokens (R, b, t + 1); return the losses (R,)."""
@@ -251,7 +250,6 @@ class Ensemble:
                 self.scales[name],
                 clip,
                 lr * (1 - dense),
-                self.a_rate,
                 age,
                 self.beta1,
                 self.beta2,
@@ -290,7 +288,7 @@ class Ensemble:
         for name in self.matrices if own.rank else ():
             generator = draw_generator(seed, name, self.num_restarts[i])
             W = self.data[name][i]
-            A = draw_a(tuple(W.shape), own.rank, init=own.init, generator=generator, like=W)
+            A = draw_a(tuple(W.shape), own.rank, init="orthogonal", generator=generator, like=W)
             self.state[name]["A"][i, : own.rank] = A
 
 
@@ -302,13 +300,12 @@ _PARTS = (
 
 def _layer(x: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Return what a layer of every run makes of x (R, b, t, width)."""
-    first, Q, K, V, O, second, gate, up, down = weights  # noqa: E741
+    first, *heads, out, second, gate, up, down = weights
     count, batch, length, width = x.shape
     u = _norm(x, first)
-    heads = (_linear(u, W, dtype).view(count * batch, length, HEADS, -1).transpose(1, 2) for W in (Q, K, V))
-    q, k, v = heads
-    y = F.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v, is_causal=True)
-    x = x + _linear(y.transpose(1, 2).reshape(count, batch, length, width), O, dtype)
+    q, k, v = (_linear(u, W, dtype).view(count * batch, length, HEADS, -1).transpose(1, 2) for W in heads)
+    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+    x = x + _linear(y.transpose(1, 2).reshape(count, batch, length, width), out, dtype)
     u = _norm(x, second)
     return x + _linear(F.silu(_linear(u, gate, dtype)) * _linear(u, up, dtype), down, dtype)
 
@@ -324,20 +321,7 @@ def _linear(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    x = x.float()
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight[:, None, None]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _turns(length: int, size: int, device: str) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
-    turns = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 10000.0**-exponents)
-    return turns.cos(), turns.sin()
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * weight[:, None, None]
 
 
 def _projected(G: Tensor, A: Tensor, B: Tensor, scale: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,10 +334,10 @@ def _projected(G: Tensor, A: Tensor, B: Tensor, scale: Tensor, dense: Tensor) ->
 
 def _move_(
     W: Tensor, A: Tensor, B: Tensor, mA: Tensor, vA: Tensor, mB: Tensor, vB: Tensor, of_a: Tensor, of_b: Tensor,
-    scale: Tensor, clip: Tensor, lr: Tensor, a_rate: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor,
+    scale: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor,
 ) -> None:  # fmt: skip
     """Step the factors, and W by s (B' A' - B A)."""
-    da = _step(of_a, mA, vA, clip, lr * a_rate, age, beta1, beta2)
+    da = _step(of_a, mA, vA, clip, lr, age, beta1, beta2)
     db = _step(of_b, mB, vB, clip, lr, age, beta1, beta2)
     W.sub_(scale[:, None, None] * (db @ (A - da) + B @ da))
     A.sub_(da)
