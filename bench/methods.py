@@ -227,7 +227,13 @@ class ReLoRA(Trainer):
         )
         self.restart, self.is_functional = self.optimizer.restart, path == "functional"
         if self.is_functional:
-            self._step = self.optimizer.make_step(model, self.loss_fn, compile=is_compiled, accumulate=accumulate)
+            self._step = self.optimizer.make_step(
+                model,
+                self.loss_fn,
+                compile=is_compiled,
+                accumulate=accumulate,
+                autocast=None if dtype == torch.float32 else dtype,
+            )
         else:
             self._step = self._dense_step
 

@@ -71,6 +71,7 @@ class Loop:
             compile=compile_options(run.config),
             accumulate=self.accumulate,
             guard=self.guard,
+            autocast=None if self.dtype == torch.float32 else self.dtype,
             process_group=run.processes.group,
         )
 

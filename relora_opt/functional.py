@@ -59,6 +59,8 @@ class FunctionalModel(nn.Module):
         self._places: list[Place] = []
         self._held: list[Held] = []
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # (W, A, B) of the places
+        self._casts: dict[str, Tensor] = {}  # of the W's by key, while they last
+        self._cast_of: dict[str, tuple[int, int]] = {}  # which of their values these are
         self._structure: list[Any] = []
         self._is_swapped = False
         self._synchronised: ReferenceType[DistributedDataParallel] | None = None
@@ -110,6 +112,7 @@ class FunctionalModel(nn.Module):
     def register_phase(self, optimizer: ReLoRAOptimizer) -> None:
         """Register what the optimizer trains now; it calls this itself when that changes, at the switch say."""
         self.restore()
+        self.drop_casts()
         model, keys = self._models[0], dict[int, str]()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._places, self._held, self._factors, self._structure = [], [], [], structure(model)
@@ -154,6 +157,23 @@ class FunctionalModel(nn.Module):
         """Yield the factors of all places, none during the warm start."""
         return chain(self.A.values(), self.B.values())
 
+    @torch.no_grad()
+    def keep_casts(self, dtype: torch.dtype) -> None:
+        """Hold the float32 low-rank weights in the dtype of an autocast, until `drop_casts`; those it has stay.
+
+        What is written into a weight meanwhile is seen, but not what goes by way of its `.data`.
+        """
+        for place in self._places:
+            W, key = place.W, place.key
+            value = W._version, W.data_ptr()
+            if W.dtype == torch.float32 and self._cast_of.get(key) != value:
+                self._casts[key], self._cast_of[key] = W.detach().to(dtype), value
+
+    def drop_casts(self) -> None:
+        """Forget the weights in another dtype."""
+        self._casts.clear()
+        self._cast_of.clear()
+
     def restore(self) -> None:
         """Give the model its own weights back, if a backward pass has left them swapped."""
         if self._is_swapped:
@@ -182,7 +202,7 @@ class FunctionalModel(nn.Module):
         is_traced = torch.compiler.is_compiling()
         return {
             place.traced_path if is_traced else place.path: LowRankWeight.wrap(
-                place.W, self.A[place.key], self.B[place.key], place.scale
+                place.W, self.A[place.key], self.B[place.key], place.scale, self._casts.get(place.key)
             )
             for place in self._places
             if place.W.requires_grad  # asked here too, for torch.compile, which skips `follow`

@@ -336,6 +336,7 @@ class ReLoRAOptimizer(SavedOptimizer):
         skip_nonfinite: bool = False,
         guard: Guard | None = None,
         has_aux: bool = False,
+        autocast: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> Step:
         """Return `step(*batch, **kwargs) -> loss`: forward, backward, update, and a restart when due (see step.py).
@@ -355,6 +356,7 @@ class ReLoRAOptimizer(SavedOptimizer):
             skip_nonfinite=skip_nonfinite,
             guard=guard,
             has_aux=has_aux,
+            autocast=autocast,
             process_group=process_group,
         )
 

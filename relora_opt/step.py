@@ -44,6 +44,9 @@ class Step:
             once an update, for these two numbers.
         guard: skips updates whose loss jumps as well (see guard.py), and knows why the last one was skipped.
         has_aux: whether `loss_fn` returns something beside the loss.
+        autocast: the dtype of an autocast around `loss_fn`, bfloat16; None leaves that to `loss_fn`. With `accumulate`,
+            float32 weights are cast once an update and not once a micro-batch: what is written into one of them through
+            `.data` between micro-batches is seen after the update only.
         process_group: over whose processes the gradients are averaged, once an update; None for one process. All of
             them must make the step: it gives them the weights, buffers, factors and seed of the first one, as
             DistributedDataParallel does. From then on nothing but the gradients of what is trained travels: of the
@@ -61,6 +64,7 @@ class Step:
         skip_nonfinite: bool = False,
         guard: Guard | None = None,
         has_aux: bool = False,
+        autocast: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
@@ -74,16 +78,22 @@ class Step:
                 raise TypeError(f"{name}={value!r} must be True or False")
         if not (guard is None or isinstance(guard, Guard)):
             raise TypeError(f"guard={guard!r} must be a Guard, or None to step on whatever comes")
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast={autocast!r} must be torch.bfloat16 or None: float16 wants a GradScaler, which the "
+                "functional path refuses"
+            )
         if not (process_group is None or isinstance(process_group, dist.ProcessGroup)):
             raise TypeError(f"process_group={process_group!r} is no process group: torch.distributed.group.WORLD, say")
         check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
         self.optimizer, self.accumulate, self.has_aux, self._model = optimizer, accumulate, has_aux, model
+        self._cast = autocast if accumulate > 1 else None  # one pass casts each weight once
         self.guard = Guard(max_jump=inf) if guard is None and skip_nonfinite else guard
         self.process_group = process_group
         self.num_micro_batches = 0
-        loss = _Loss(model, loss_fn)
+        loss = _Loss(model, loss_fn, autocast)
         self._is_compiled = bool(compile)
         options = compile if isinstance(compile, dict) else {}
         self._is_replayed = bool(compile) and _takes_graphs(options)
@@ -126,6 +136,8 @@ class Step:
         """Add the gradients of a micro-batch; return its detached loss, and what else there is."""
         if self._is_compiled:
             self._functional.follow()
+        if self._cast is not None:
+            self._functional.keep_casts(self._cast)
         without = self._without_gradient() if self._is_replayed else []
         with torch.enable_grad():
             loss, aux = _split(self._pass(*batch, **kwargs), has_aux=self.has_aux)
@@ -138,6 +150,7 @@ class Step:
 
     def _update(self) -> None:
         """Make the update; its gradients are used up, also where it fails."""
+        self._functional.drop_casts()
         try:
             self._step()
         finally:
@@ -180,6 +193,7 @@ class Step:
         self.num_micro_batches -= self._num_begun
         self.optimizer._begun = None
         self._losses.clear()
+        self._functional.drop_casts()
         self.optimizer.zero_grad()
 
     def _without_gradient(self) -> list[Tensor]:
@@ -199,12 +213,16 @@ class Step:
 class _Loss(Around):
     """The loss function as a module, so that one functional call spans model and loss."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any], autocast: torch.dtype | None) -> None:
         super().__init__(model)
-        self.loss_fn = loss_fn
+        self.loss_fn, self.autocast = loss_fn, autocast
+        self._device = next(model.parameters()).device.type
 
     def forward(self, *batch: Any, **kwargs: Any) -> Any:
-        return self.loss_fn(self.model, *batch, **kwargs)
+        if self.autocast is None:  # whatever is around it holds
+            return self.loss_fn(self.model, *batch, **kwargs)
+        with torch.autocast(self._device, dtype=self.autocast):
+            return self.loss_fn(self.model, *batch, **kwargs)
 
 
 class _WithBackward(Around):

@@ -33,9 +33,10 @@ class LowRankWeight(Tensor):
     A: Tensor
     B: Tensor
     scale: float
+    cast: Tensor | None
 
     @classmethod
-    def wrap(cls, W: Tensor, A: Tensor, B: Tensor, scale: float) -> LowRankWeight:
+    def wrap(cls, W: Tensor, A: Tensor, B: Tensor, scale: float, cast: Tensor | None = None) -> LowRankWeight:
         """Return W carrying its factors. W itself gets no gradient.
 
         Args:
@@ -43,9 +44,10 @@ class LowRankWeight(Tensor):
             A: (r, n) or (batch, r, n).
             B: (m, r) or (batch, m, r).
             scale: s = alpha / r.
+            cast: W in the dtype of an autocast, where somebody has made it for several uses.
         """
         weight = _projected(W.detach(), A, B, scale).as_subclass(cls)
-        weight.W, weight.dense, weight.A, weight.B, weight.scale = W, W.detach(), A, B, scale
+        weight.W, weight.dense, weight.A, weight.B, weight.scale, weight.cast = W, W.detach(), A, B, scale, cast
         return weight
 
     @classmethod
@@ -62,7 +64,8 @@ class LowRankWeight(Tensor):
                 return func(*args, **kwargs)
         if func in _TRANSPOSES and _is_matrix_transpose(func, args, kwargs):
             weight = args[0]
-            return cls.wrap(weight.dense.t(), weight.B.t(), weight.A.t(), weight.scale)
+            cast = None if weight.cast is None else weight.cast.t()
+            return cls.wrap(weight.dense.t(), weight.B.t(), weight.A.t(), weight.scale, cast)
         if func in _SETTERS and isinstance(args[0], cls):
             _set_data(args[0], args[1])
             return None
@@ -161,7 +164,7 @@ def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
     x = x.to(dtype) if torch.is_autocast_enabled(weight.dense.device.type) else x
     bias = bias if bias is None else bias.to(dtype)
     A, B = weight.A.to(dtype), weight.B.to(dtype)
-    W = weight.dense.to(dtype)
+    W = weight.dense.to(dtype) if weight.cast is None or weight.cast.dtype != dtype else weight.cast
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _LowRankLinear.apply(x, W, bias, A, B, weight.scale)  # type: ignore[no-untyped-call]
@@ -179,7 +182,7 @@ def _linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None) -> Tensor:
 def _set_data(weight: LowRankWeight, value: Tensor) -> None:
     """Set W's data, as `weight.data = value` on W itself would, and what the weight shows of it."""
     weight.W.data = value
-    weight.dense = weight.W.detach()
+    weight.dense, weight.cast = weight.W.detach(), None
     with torch._C.DisableTorchFunctionSubclass():
         weight.data = weight.dense
 

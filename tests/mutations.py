@@ -290,6 +290,27 @@ MUTATIONS = (
         ("test_laws_step.py", "accumulating_k"),
     ),
     Mutation(
+        "keep the cast of a weight that has been written into",
+        "functional.py",
+        "self._cast_of.get(key) != value",
+        "key not in self._cast_of",
+        ("test_step_autocast.py", "between_micro_batches"),
+    ),
+    Mutation(
+        "keep the casts of an update beyond it",
+        "step.py",
+        "        self._functional.drop_casts()\n        try:",
+        "        try:",
+        ("test_step_autocast.py", "outlasts"),
+    ),
+    Mutation(
+        "cast weights anew that have been cast",
+        "weight.py",
+        "if weight.cast is None or weight.cast.dtype != dtype else weight.cast",
+        "if True else weight.cast",
+        ("test_step_autocast.py", "once_an_update"),
+    ),
+    Mutation(
         "swap the weights back before the backward pass",
         "functional.py",
         "        if not self._is_swapped:\n",
