@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ from relora_opt.factors import draw_a, draw_generator
 from .methods import BETAS, MAX_NORM, is_matrix, outer
 
 EPS = 1e-8
+_MOMENTUM = 0.95  # of Muon, as what is below
+_NS_COEFFICIENTS, _NS_EPS = (3.4445, -4.775, 2.0315), 1e-7
 HEADS = LAYERS = 4
 
 
@@ -41,11 +43,14 @@ class Settings:
     dense_every             and so are as many, every so many updates again
     dense_restarts          a restart follows them
     dense_warmup            updates over which the rate climbs from 0 at their beginning
+    dense_turns             the layers take turns: the next one is made at full rank when one has been, each on its own
+                            clock, and the rate of everything else has no ramp
     cooling                 the share of a cycle, its last, over which the rate falls to 0
     average                 a restart leaves W at the mean of its values over the cycle, weighted by this decay
     redraws                 False: a restart keeps A and zeroes B
     init_scale              multiplies the matrices that the run starts from
     beta1, beta2            of the factors, or of full rank's matrices
+    muon                    trains these by Muon, as `muon_beside_adamw`, and not by AdamW
     """
 
     lr: float
@@ -59,12 +64,14 @@ class Settings:
     dense_every: int = 10**9
     dense_restarts: bool = False
     dense_warmup: int = 0
+    dense_turns: bool = False
     cooling: float = 0.0
     average: float = 0.0
     redraws: bool = True
     init_scale: float = 1.0
     beta1: float = BETAS[0]
     beta2: float = BETAS[1]
+    muon: bool = False
 
 
 class Run(NamedTuple):
@@ -75,7 +82,7 @@ class Run(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """What a run's clock says of an update u = 1, 2, ..."""
+    """What a run's clock says of an update u = 1, 2, ... of a layer."""
 
     rate: float  # multiplies the rest's
     matrix_rate: float  # multiplies that of the matrices or factors
@@ -86,8 +93,11 @@ class Tick(NamedTuple):
     restarts: bool  # after it
 
 
-def ticks(own: Settings, steps: int) -> Iterator[Tick]:
-    """Yield what a run's clock says of each of its updates."""
+def ticks(own: Settings, steps: int, layer: int = 0) -> Iterator[Tick]:
+    """Yield what a run's clock says of each of a layer's updates."""
+    if own.dense_turns:
+        shift = layer * (own.dense_to - own.dense_from)
+        own = replace(own, dense_from=own.dense_from + shift, dense_to=own.dense_to + shift)
     schedule = JaggedSchedule(own.restart_every, restart_warmup=own.restart_warmup, outer=outer(steps))
     last = num_restarts = dense_since = 0
     for u in range(1, steps + 1):
@@ -105,7 +115,8 @@ def ticks(own: Settings, steps: int) -> Iterator[Tick]:
         if own.cooling and last + own.restart_every <= min(own.restart_until, steps - 1):
             left = last + own.restart_every - u  # until the restart
             cooled *= min(1.0, (left + 0.5) / (own.cooling * own.restart_every))
-        yield Tick(rate, cooled, u - last, u - dense_since, is_dense, u, restarts)
+        of_rest = outer(steps)(u) if own.dense_turns else rate
+        yield Tick(of_rest, cooled, u - last, u - dense_since, is_dense, u, restarts)
         if restarts:
             last, num_restarts = u, num_restarts + 1
 
@@ -123,8 +134,13 @@ class Ensemble:
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         compile: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.runs, self.dtype, self.num_updates = runs, dtype, 0
+        self.graphs, self._graphs = (
+            graphs,
+            dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None](),
+        )
         named = [dict(model.named_parameters()) for model in models]
         self.weights = {
             name: torch.stack([own[name].detach() for own in named]).to(device).requires_grad_() for name in named[0]
@@ -140,21 +156,20 @@ class Ensemble:
         with torch.no_grad():
             for name in self.matrices:
                 self.data[name].mul_(column([own.init_scale for own in options])[:, None, None])
-        clocks = [list(ticks(own, steps)) for own in options]
-        self.clock = [  # (steps, R) each
-            torch.tensor(list(zip(*(map(float, row) for row in rows), strict=True)), device=device)
-            for rows in ([[tick[k] for tick in clock] for clock in clocks] for k in range(len(Tick._fields) - 1))
-        ]
-        self._due = {
-            u: [i for i, clock in enumerate(clocks) if clock[u].restarts]
+        clocks = [[list(ticks(own, steps, layer)) for own in options] for layer in range(LAYERS)]
+        self.clock = torch.tensor(clocks, dtype=torch.float32).permute(2, 0, 3, 1).to(device)  # (steps, layers, 7, R)
+        self._now = self.clock[0].clone()
+        self._due = [
+            [(i, layer) for layer, of in enumerate(clocks) for i, own in enumerate(of) if own[u].restarts]
             for u in range(steps)
-            if any(clock[u].restarts for clock in clocks)
-        }
+        ]
+        self._is_dense = [any(own[u].is_dense for of in clocks for own in of) for u in range(steps)]
         self.lr, self.rest_lr = column([o.lr for o in options]), column([o.rest_lr for o in options])
         self.beta1, self.beta2 = column([o.beta1 for o in options]), column([o.beta2 for o in options])
         self.average = column([o.average for o in options])
         self.averages = any(o.average for o in options)
-        self.is_dense = any(not o.rank or o.dense_to for o in options)
+        self.is_dense = any(self._is_dense)
+        (self.muon,) = {o.muon for o in options}  # all runs or none
         self.scales = {
             name: column([math.sqrt(self.data[name].shape[2] / o.rank) if o.rank else 0.0 for o in options])
             for name in self.matrices
@@ -163,17 +178,18 @@ class Ensemble:
         self.moments = {
             name: (torch.zeros_like(self.data[name]), torch.zeros_like(self.data[name])) for name in self.rest
         }
-        self.num_restarts = [0] * len(runs)
+        self.num_restarts = [[0] * LAYERS for _ in runs]
         for i in range(len(runs)):
-            self._draw(i)
+            for layer in range(LAYERS):
+                self._draw(i, layer)
         config = models[0].config
         turns = angles(
             torch.arange(seq_len, device=device), head_size=config.head_size, theta=config.rope_theta, scaling=None
         )
         self.turns = turns.cos(), turns.sin()
-        functions = (_layer, _losses, _projected, _move_, _adam_)
+        functions = (_layer, _losses, _projected, _move_, _step_)
         # In pieces: all layers share one compilation, and all matrices of a shape.
-        self._layer, self._losses, self._projected, self._move_, self._adam_ = (
+        self._layer, self._losses, self._projected, self._move_, self._step_ = (
             torch.compile(function, dynamic=False) if compile else function for function in functions
         )
 
@@ -190,15 +206,30 @@ class Ensemble:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Make an update of every run on its tokens (R, b, t + 1); return the losses (R,)."""
-        losses = self._forward(tokens)
-        gradients = torch.autograd.grad(losses.sum(), list(self.weights.values()))
         index = self.num_updates
-        with torch.no_grad():
-            self._update(dict(zip(self.weights, gradients, strict=True)), *(column[index] for column in self.clock))
-            for i in self._due.get(index, ()):
-                self._restart(i)
+        kind = self._is_dense[index], index > 0 and self._is_dense[index - 1]
+        self._now.copy_(self.clock[index])
+        losses = self._replay(tokens, kind) if self.graphs else self._update(tokens, *kind)
+        for i, layer in self._due[index]:
+            self._restart(i, layer)
         self.num_updates += 1
-        return losses.detach()
+        return losses
+
+    def _replay(self, tokens: Tensor, kind: tuple[bool, bool]) -> Tensor:
+        """Make an update as a CUDA graph, from the second of its kind on: the first one compiles."""
+        if kind not in self._graphs:
+            self._graphs[kind] = None
+            return self._update(tokens, *kind)
+        made = self._graphs[kind]
+        if made is None:
+            graph, static = torch.cuda.CUDAGraph(), tokens.clone()
+            with torch.cuda.graph(graph):
+                losses = self._update(static, *kind)
+            made = self._graphs[kind] = graph, static, losses
+        graph, static, losses = made
+        static.copy_(tokens)
+        graph.replay()
+        return losses.clone()
 
     def evaluate(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -219,30 +250,31 @@ class Ensemble:
             )
         return self._losses(x, weights["model.norm.weight"], weights["lm_head.weight"], tokens[..., 1:], self.dtype)
 
-    def _update(
-        self,
-        G: dict[str, Tensor],
-        rate: Tensor,
-        matrix_rate: Tensor,
-        age: Tensor,
-        dense_age: Tensor,
-        dense: Tensor,
-        update: Tensor,
-    ) -> None:
+    def _update(self, tokens: Tensor, is_dense: bool, was_dense: bool) -> Tensor:
+        losses = self._forward(tokens)
+        gradients = torch.autograd.grad(losses.sum(), list(self.weights.values()))
+        with torch.no_grad():
+            self._move(dict(zip(self.weights, gradients, strict=True)), is_dense, was_dense)
+        return losses.detach()
+
+    def _move(self, G: dict[str, Tensor], is_dense: bool, was_dense: bool) -> None:
+        clocks = [Tick(*columns) for columns in self._now]  # a layer, of columns (R,)
+        rate, update = clocks[0].rate, clocks[0].update
         squared = sum((G[name].square().flatten(1).sum(1) for name in self.rest), torch.zeros_like(rate))
         low: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.matrices:
-            entry = self.state[name]
+            entry, dense = self.state[name], clocks[_layer_of(name)].is_dense
             *low[name], own = self._projected(G[name], entry["A"], entry["B"], self.scales[name], dense)
             squared = squared + own
         clip = (MAX_NORM / (squared.sqrt() + 1e-6)).clamp(max=1.0)
         first, second = (torch.full_like(rate, beta) for beta in BETAS)
         for name in self.rest:
-            self._adam_(self.data[name], G[name], *self.moments[name], clip, self.rest_lr * rate, update, first, second)
-        lr = self.lr * matrix_rate
-        weight = torch.maximum(1 - self.average, 1 / age)
+            self._step_(
+                self.data[name], G[name], *self.moments[name], clip, self.rest_lr * rate, update, first, second, False
+            )
         for name in self.matrices:
-            W, entry = self.data[name], self.state[name]
+            W, entry, tick = self.data[name], self.state[name], clocks[_layer_of(name)]
+            lr, dense = self.lr * tick.matrix_rate, tick.is_dense
             self._move_(
                 W,
                 *(entry[key] for key in ("A", "B", "mA", "vA", "mB", "vB")),
@@ -250,46 +282,59 @@ class Ensemble:
                 self.scales[name],
                 clip,
                 lr * (1 - dense),
-                age,
+                tick.age,
                 self.beta1,
                 self.beta2,
+                self.muon,
             )
-            if self.is_dense:
+            if is_dense:
                 entry["m"].mul_(dense[:, None, None])  # forgotten between two dense spans
                 entry["v"].mul_(dense[:, None, None])
-                self._adam_(
+                self._step_(
                     W,
                     G[name],
                     entry["m"],
                     entry["v"],
                     clip * dense,
                     lr * dense,
-                    dense_age.clamp(min=1),
+                    tick.dense_age.clamp(min=1),
                     self.beta1,
                     self.beta2,
+                    self.muon,
                 )
+            elif was_dense:
+                entry["m"].zero_()
+                entry["v"].zero_()
             if self.averages:
+                weight = torch.maximum(1 - self.average, 1 / tick.age)
                 entry["average"].lerp_(W, weight[:, None, None])
 
-    def _restart(self, i: int) -> None:
+    def _restart(self, i: int, layer: int) -> None:
         own = self.runs[i].settings
-        self.num_restarts[i] += 1
-        for name in self.matrices:
+        self.num_restarts[i][layer] += 1
+        for name in self._matrices_of(layer):
             entry = self.state[name]
             if own.average:
                 self.data[name][i].copy_(entry["average"][i])
             for key in ("mA", "vA", "mB", "vB", "B"):
                 entry[key][i].zero_()
         if own.redraws:
-            self._draw(i)
+            self._draw(i, layer)
 
-    def _draw(self, i: int) -> None:
+    def _draw(self, i: int, layer: int) -> None:
         own, seed = self.runs[i]
-        for name in self.matrices if own.rank else ():
-            generator = draw_generator(seed, name, self.num_restarts[i])
+        for name in self._matrices_of(layer) if own.rank else ():
+            generator = draw_generator(seed, name, self.num_restarts[i][layer])
             W = self.data[name][i]
             A = draw_a(tuple(W.shape), own.rank, init="orthogonal", generator=generator, like=W)
             self.state[name]["A"][i, : own.rank] = A
+
+    def _matrices_of(self, layer: int) -> list[str]:
+        return [name for name in self.matrices if _layer_of(name) == layer]
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[2])  # model.layers.0.self_attn.q_proj.weight
 
 
 _PARTS = (
@@ -334,29 +379,45 @@ def _projected(G: Tensor, A: Tensor, B: Tensor, scale: Tensor, dense: Tensor) ->
 
 def _move_(
     W: Tensor, A: Tensor, B: Tensor, mA: Tensor, vA: Tensor, mB: Tensor, vB: Tensor, of_a: Tensor, of_b: Tensor,
-    scale: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor,
+    scale: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor, muon: bool,
 ) -> None:  # fmt: skip
     """Step the factors, and W by s (B' A' - B A)."""
-    da = _step(of_a, mA, vA, clip, lr, age, beta1, beta2)
-    db = _step(of_b, mB, vB, clip, lr, age, beta1, beta2)
+    da = _moved(of_a, mA, vA, clip, lr, age, beta1, beta2, muon)
+    db = _moved(of_b, mB, vB, clip, lr, age, beta1, beta2, muon)
     W.sub_(scale[:, None, None] * (db @ (A - da) + B @ da))
     A.sub_(da)
     B.sub_(db)
 
 
-def _adam_(
-    W: Tensor, G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor
-) -> None:
-    W.sub_(_step(G, m, v, clip, lr, age, beta1, beta2))
+def _step_(
+    W: Tensor, G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor,
+    muon: bool,
+) -> None:  # fmt: skip
+    W.sub_(_moved(G, m, v, clip, lr, age, beta1, beta2, muon))
 
 
-def _step(
-    G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor
+def _moved(
+    G: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, age: Tensor, beta1: Tensor, beta2: Tensor, muon: bool
 ) -> Tensor:
-    """Return Adam's step of a stack, with a clip, rate, age and betas for each of its runs."""
+    """Return Adam's step of a stack, with a clip, rate, age and betas for each of its runs, or Muon's."""
     wide = (slice(None), *(None for _ in G.shape[1:]))
     g = G * clip[wide]
+    if muon:
+        m.lerp_(g, 1 - _MOMENTUM)
+        return lr[wide] * 0.2 * math.sqrt(max(G.shape[1:])) * _orthogonal(g.lerp(m, _MOMENTUM))
     m.lerp_(g, (1 - beta1)[wide])
     v.lerp_(g.square(), (1 - beta2)[wide])
     bias1, bias2 = (1 - beta1**age)[wide], (1 - beta2**age)[wide]
     return (lr[wide] / bias1) * m / (v.sqrt() / bias2.sqrt() + EPS)
+
+
+def _orthogonal(M: Tensor) -> Tensor:
+    """Return what torch.optim.Muon makes of each matrix of a stack, by five steps of Newton and Schulz in bfloat16."""
+    is_tall = M.shape[1] > M.shape[2]
+    X = (M.mT if is_tall else M).bfloat16()
+    X = X / X.flatten(1).norm(dim=1).clamp(min=_NS_EPS)[:, None, None]
+    a, b, c = _NS_COEFFICIENTS
+    for _ in range(5):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return (X.mT if is_tall else X).float()

