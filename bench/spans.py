@@ -101,7 +101,11 @@ def _data(keys: list[tuple[str, int]], size: Size, steps: int, device: str) -> t
     return torch.stack(train).to(device), torch.stack([tokens[:fewest] for tokens in held_out]).to(device)
 
 
-FULL = {"w128": Settings(2.8e-3, 16e-3), "w256": Settings(1e-3, 16e-3)}  # best of their grids, as the rates below
+FULL = {  # best of their grids, as the rates below
+    "w128": Settings(2.8e-3, 16e-3),
+    "w256": Settings(1e-3, 16e-3),
+    "w512": Settings(5e-4, 32e-3),
+}
 
 
 def low(rank: int, **own: Any) -> Settings:
@@ -112,6 +116,11 @@ def low(rank: int, **own: Any) -> Settings:
 def low_wide(rank: int, **own: Any) -> Settings:
     """Return the settings of low rank at width 256."""
     return Settings(**{"lr": 7e-4 if rank == 64 else 1e-3, "rest_lr": 16e-3, "rank": rank, **own})
+
+
+def low_512(rank: int, **own: Any) -> Settings:
+    """Return the settings of low rank at width 512."""
+    return Settings(**{"lr": 5e-4, "rest_lr": 16e-3, "rank": rank, **own})
 
 
 def span(begin: int, end: int, *, ramp: int = 10, **own: Any) -> dict[str, Any]:
@@ -303,6 +312,27 @@ def long_turns() -> Plan:
     return Plan("w256", 4000, trials, reference="long")
 
 
+def long_512() -> Plan:
+    """And of width 512."""
+    trials = [Trial("full rank", FULL["w512"]), Trial("rank 64", low_512(64))]
+    for rank in (32, 64, 128):
+        own = low_512(rank, **span(1600, 2400, ramp=25, dense_warmup=25))
+        trials += [Trial(f"rank {rank}, full 1600 to 2400", own)]
+    trials += [Trial(_turns(64, 400, 800), low_512(64, **_by_turns(400, 800, ramp=25)))]
+    return Plan("w512", 4000, trials)
+
+
+def long_512_muon() -> Plan:
+    """By Muon."""
+    own = {"lr": 7e-4, "rest_lr": 16e-3, "muon": True, **span(1600, 2400, ramp=25, dense_warmup=25)}
+    trials = [Trial(f"rank {rank}, Muon, full 1600 to 2400", Settings(rank=rank, **own)) for rank in (32, 64)]
+    own = {**own, "lr": 1e-3}
+    trials += [
+        Trial(f"rank {rank}, Muon, full 1600 to 2400, at 1e-3", Settings(rank=rank, **own)) for rank in (64, 128)
+    ]
+    return Plan("w512", 4000, trials, reference="long-512")
+
+
 def _by_turns(begin: int, length: int, *, every: int = 10**9, ramp: int = 10) -> dict[str, Any]:
     """Return the settings of layers that are made at full rank in turn, each for a time."""
     return span(begin, begin + length, ramp=ramp, dense_warmup=ramp, dense_turns=True, dense_every=every)
@@ -323,6 +353,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "turns": turns,
     "long-muon": long_muon,
     "long-turns": long_turns,
+    "long-512": long_512,
+    "long-512-muon": long_512_muon,
 }
 
 
