@@ -101,11 +101,7 @@ def _data(keys: list[tuple[str, int]], size: Size, steps: int, device: str) -> t
     return torch.stack(train).to(device), torch.stack([tokens[:fewest] for tokens in held_out]).to(device)
 
 
-FULL = {  # best of their grids, as the rates below
-    "w128": Settings(2.8e-3, 16e-3),
-    "w256": Settings(1e-3, 16e-3),
-    "w512": Settings(5e-4, 32e-3),
-}
+FULL = {"w128": Settings(2.8e-3, 16e-3), "w256": Settings(1e-3, 16e-3)}  # best of their grids, as the rates below
 
 
 def low(rank: int, **own: Any) -> Settings:
@@ -116,11 +112,6 @@ def low(rank: int, **own: Any) -> Settings:
 def low_wide(rank: int, **own: Any) -> Settings:
     """Return the settings of low rank at width 256."""
     return Settings(**{"lr": 7e-4 if rank == 64 else 1e-3, "rest_lr": 16e-3, "rank": rank, **own})
-
-
-def low_512(rank: int, **own: Any) -> Settings:
-    """Return the settings of low rank at width 512."""
-    return Settings(**{"lr": 5e-4, "rest_lr": 16e-3, "rank": rank, **own})
 
 
 def span(begin: int, end: int, *, ramp: int = 10, **own: Any) -> dict[str, Any]:
@@ -288,10 +279,9 @@ def turns() -> Plan:
     trials += [Trial(f"{_turns(16, 200, 200)}, no ramp", low(16, **_by_turns(200, 200, ramp=0)))]
     trials += [Trial(_turns(8, 200, 200), low(8, **_by_turns(200, 200)))]
     trials += [Trial(_turns(32, 400, 100), low(32, **_by_turns(400, 100)))]
-    eased = span(400, 600, dense_warmup=10)
-    trials += [Trial("rank 16, full 400 to 600, a ramp into it", low(16, **eased), "python")]
-    trials += [Trial("rank 16, full 300 to 500, a ramp into it", low(16, **span(300, 500, dense_warmup=10)), "python")]
-    trials += [Trial("rank 16, full 500 to 700, a ramp into it", low(16, **span(500, 700, dense_warmup=10)), "python")]
+    for begin, end in ((400, 600), (300, 500), (500, 700)):
+        own = low(16, **span(begin, end, dense_warmup=10))
+        trials += [Trial(f"rank 16, full {begin} to {end}, a ramp into it", own, "python")]
     return Plan("w128", 1000, trials, reference="places")
 
 
@@ -310,27 +300,6 @@ def long_turns() -> Plan:
     trials = [Trial(_turns(32, begin, 800), low_wide(32, **_by_turns(begin, 800, ramp=25))) for begin in (0, 400, 800)]
     trials += [Trial(_turns(64, 400, 800), low_wide(64, **_by_turns(400, 800, ramp=25)))]
     return Plan("w256", 4000, trials, reference="long")
-
-
-def long_512() -> Plan:
-    """And of width 512."""
-    trials = [Trial("full rank", FULL["w512"]), Trial("rank 64", low_512(64))]
-    for rank in (32, 64, 128):
-        own = low_512(rank, **span(1600, 2400, ramp=25, dense_warmup=25))
-        trials += [Trial(f"rank {rank}, full 1600 to 2400", own)]
-    trials += [Trial(_turns(64, 400, 800), low_512(64, **_by_turns(400, 800, ramp=25)))]
-    return Plan("w512", 4000, trials)
-
-
-def long_512_muon() -> Plan:
-    """By Muon."""
-    own = {"lr": 7e-4, "rest_lr": 16e-3, "muon": True, **span(1600, 2400, ramp=25, dense_warmup=25)}
-    trials = [Trial(f"rank {rank}, Muon, full 1600 to 2400", Settings(rank=rank, **own)) for rank in (32, 64)]
-    own = {**own, "lr": 1e-3}
-    trials += [
-        Trial(f"rank {rank}, Muon, full 1600 to 2400, at 1e-3", Settings(rank=rank, **own)) for rank in (64, 128)
-    ]
-    return Plan("w512", 4000, trials, reference="long-512")
 
 
 def _by_turns(begin: int, length: int, *, every: int = 10**9, ramp: int = 10) -> dict[str, Any]:
@@ -353,8 +322,6 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "turns": turns,
     "long-muon": long_muon,
     "long-turns": long_turns,
-    "long-512": long_512,
-    "long-512-muon": long_512_muon,
 }
 
 

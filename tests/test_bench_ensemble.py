@@ -7,7 +7,8 @@ import torch
 from relora_opt_cli.model import Llama, LlamaConfig, init_weights
 
 from bench.ensemble import Ensemble, Run, Settings, ticks
-from bench.methods import METHODS
+from bench.methods import BETAS, METHODS, is_matrix, loss_fn, outer
+from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
 STEPS = 12
 RUNS = [
@@ -65,6 +66,28 @@ CHANGES: list[dict[str, float]] = [
     {"beta1": 0.5},
     {"beta2": 0.5},
 ]
+
+
+def test_the_layers_turn_is_full_rank_in_that_layer() -> None:
+    own = Settings(lr=3e-3, rest_lr=1e-3, rank=4, dense_to=STEPS, dense_turns=True)  # the first layer's, to the end
+    tokens = torch.randint(64, (STEPS, 1, 4, 17), generator=torch.Generator().manual_seed(0))
+    together = Ensemble([_model(2)], [Run(own, 2)], STEPS, seq_len=16, dtype=torch.float32, compile=False)
+    model = _model(2)
+    groups: dict[tuple[float, int], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, p in model.named_parameters():
+        options = (own.lr, own.rank * (".0." not in name)) if is_matrix(name) else (own.rest_lr, 0)
+        groups.setdefault(options, []).append((name, p))
+    optimizer = ReLoRAOptimizer(
+        [{"params": some, "lr": lr, "rank": rank} for (lr, rank), some in groups.items()],
+        schedule=JaggedSchedule(0, outer=outer(STEPS)),
+        max_grad_norm=1.0,
+        seed=2,
+        betas=BETAS,
+        weight_decay=0.0,
+    )
+    step = optimizer.make_step(model, lambda model, t: loss_fn(model, t, dtype=torch.float32), compile=False)
+    for batch in tokens:
+        torch.testing.assert_close(together.step(batch)[0], step(batch[0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(change))

@@ -40,12 +40,13 @@ class Data:
         return torch.randint(SIZE.vocab_size, (SIZE.batch_size, SIZE.seq_len + 1), generator=generator)
 
 
-def test_a_plan_makes_the_runs_that_trainers_make(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_plan_makes_the_runs_that_trainers_make(muon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = [Data(9).batch(0), Data(9).batch(1)]
     monkeypatch.setattr(texts, "batches_of", lambda size, text, seed: (Data(seed), held_out, 0))
     late: dict[str, Any] = {"lr": 3e-3, "rest_lr": 1e-3, "rank": 4}
-    own = Settings(**late, dense_from=4, dense_to=8, dense_restarts=True, dense_warmup=2, restart_warmup=2)
-    plan = Plan("tiny", STEPS, [Trial("full rank", Settings(1e-3, 2e-3)), Trial("late", own, seeds=(2, 3))])
+    own = Settings(**late, muon=muon, dense_from=4, dense_to=8, dense_restarts=True, dense_warmup=2, restart_warmup=2)
+    plan = Plan("tiny", STEPS, [Trial("full rank", Settings(1e-3, 2e-3, muon=muon)), Trial("late", own, seeds=(2, 3))])
     result = spans.run(plan, SIZE, compile=False)
     assert [(run["name"], run["seed"]) for run in result["runs"]] == [
         ("full rank", 1),
@@ -56,15 +57,17 @@ def test_a_plan_makes_the_runs_that_trainers_make(monkeypatch: pytest.MonkeyPatc
     ]
     clock = {"warm_start": 4, "warm_start_at": 4, "restart_warmup": 2}
     settings = {"full rank": {"lr": 1e-3, "rest_lr": 2e-3}, "late": {**late, **clock, "alpha": "matched"}}
+    settings["late"] |= {"base": "muon"} if muon else {}
+    full = "muon" if muon else "full"
     for run in result["runs"]:
         model, seed = new_model(SIZE, run["seed"]), run["seed"]
-        method = METHODS["full" if run["name"] == "full rank" else "relora"]
+        method = METHODS[full if run["name"] == "full rank" else "relora"]
         trainer = method(model, {"dtype": torch.float32, "compile": False, **settings[run["name"]]}, STEPS, seed)
         losses = []
         for index in range(STEPS):
             trainer.step(Data(seed).batch(index))
             losses.append(sum(float(trainer.evaluate(tokens)) for tokens in held_out) / len(held_out))
-        assert run["val_losses"] == pytest.approx(losses, abs=2e-4)
+        assert run["val_losses"] == pytest.approx(losses, abs=2e-3 if muon else 2e-4)  # Muon's is in bfloat16
 
 
 def test_differences_are_to_full_rank_at_the_same_update_of_the_same_seed(
