@@ -2,6 +2,7 @@
 
     param_groups    each with rank, scale and clock, beside the base optimizer's options
     _slots          what is known of every parameter beside its tensor, in the order of the groups
+    _turns          in which turn of the warm start a group is at full rank, where it has a rank
     state[W]        A, B and what the base knows of them (state.py), from the first update of the low-rank phase on
     _drafts[W]      the same before that update, so that `state` stays empty until there is something to save
 
@@ -37,6 +38,7 @@ class FactoredOptimizer(Optimizer):
     _base: inner.Base
     _low_rank: LowRank
     _slots: list[list[Slot]]
+    _turns: list[int]
     _options: list[Group]  # of every group as they were first given, without parameters
     _scales: list[Any]  # of every group
     _with_alpha: list[bool]  # whether the base keeps an alpha in the group
@@ -55,9 +57,8 @@ class FactoredOptimizer(Optimizer):
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the next update is low-rank: something is selected, and it is none of the warm start's."""
-        is_full_rank = self.schedule.is_full_rank(self.num_updates + 1)
-        return not is_full_rank and any(group["rank"] for group in self.param_groups)
+        """Whether the next update is low-rank, of some weights at least: the warm start may be others' turn."""
+        return any(map(self._has_factors, range(len(self.param_groups))))
 
     @property
     def selected(self) -> list[str]:
@@ -82,8 +83,9 @@ class FactoredOptimizer(Optimizer):
             KeyError: where the parameter is not low-rank. ValueError: in a warm start.
         """
         selected = self._find(parameter)
-        if not self.is_low_rank:
-            raise ValueError(f"{selected.slot.name} has no factors until the switch, update {self.schedule.switch}")
+        if not self._has_factors(selected.number):
+            switch = self.schedule.warm_start_at + (self._turns[selected.number] + 1) * self.schedule.warm_start
+            raise ValueError(f"{selected.slot.name} has no factors until the switch, update {switch}")
         entry = self._entry(selected)
         return entry["A"], entry["B"]
 
@@ -111,6 +113,15 @@ class FactoredOptimizer(Optimizer):
         for number, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
             if group["rank"] and id(group) in wanted:
                 yield from (Selected(W, slot, group, number) for W, slot in zip(group["params"], slots, strict=True))
+
+    def _has_factors(self, number: int) -> bool:
+        """Say whether the next update moves the factors of a group's weights, and not these themselves."""
+        turn = self.schedule.turn(self.num_updates + 1)
+        return bool(self.param_groups[number]["rank"]) and turn != self._turns[number]
+
+    def _factored(self) -> Iterator[Selected]:
+        """Yield the selected weights whose factors the next update moves."""
+        return (selected for selected in self._selected() if self._has_factors(selected.number))
 
     def _find(self, parameter: Tensor) -> Selected:
         for selected in self._selected():
@@ -213,10 +224,8 @@ class FactoredOptimizer(Optimizer):
 
     def _make_entries(self) -> None:
         """Give every low-rank weight its state, where the phase has it."""
-        if not self.is_low_rank:
-            return
         is_news = False
-        for selected in self._selected():
+        for selected in self._factored():
             is_news |= not is_low_rank(self.state.get(selected.W)) and selected.W not in self._drafts
             self.state[selected.W] = entry = self._entry(selected)
             add_master_(entry, selected.W)

@@ -114,19 +114,19 @@ class FunctionalModel(nn.Module):
         self.restore()
         self.drop_casts()
         model, keys = self._models[0], dict[int, str]()
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._places, self._held, self._factors, self._structure = [], [], [], structure(model)
         self.A, self.B, self.rest = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         traced = traced_paths(model)
         for module_path, module in model.named_modules():
             for name, W in module._parameters.items():
-                group = None if W is None else groups.get(id(W))
-                if W is None or group is None:
+                number = None if W is None else groups.get(id(W))
+                if W is None or number is None:
                     continue
                 path = f"{module_path}.{name}" if module_path else name
                 key = keys.setdefault(id(W), key_of(path))  # by its first name, where it has several
                 self._held.append(Held(module, name, W, W.requires_grad))
-                if not (optimizer.is_low_rank and group["rank"] and W.requires_grad):
+                if not (optimizer._has_factors(number) and W.requires_grad):
                     self.rest[key] = W
                     continue
                 self.A[key], self.B[key] = A, B = optimizer.factors(W)

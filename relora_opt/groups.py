@@ -3,10 +3,11 @@
     LowRank           what a group gets where it does not say its own rank, alpha and factor_lr
     ResolvedGroup     a group for torch.optim, with what the optimizer knows of its parameters
     resolve_groups    a module, parameters, pairs or groups -> resolved groups
+    in_turns          these, split further by when their weights have their warm start
 
-Each user's group becomes at most two groups for the optimizer, the low-rank part first; `group["rank"]` tells them
-apart (0: dense). Nothing is dropped in silence: a rank that fits no weight and parameters from which nothing can be
-selected are errors.
+Each user's group becomes at most two groups for the optimizer, the low-rank part first, or one more for each further
+turn of the warm start; `group["rank"]` tells them apart (0: dense). Nothing is dropped in silence: a rank that fits no
+weight and parameters from which nothing can be selected are errors.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class ResolvedGroup(NamedTuple):
 
     options: dict[str, Any]
     slots: list[Slot]
+    turn: int = 0  # of the warm start
 
     def seen_by_base(self, *, is_warm: bool) -> dict[str, Any]:
         """Return the options with parameters as the base sees them: without a warm start, factors in place of weights.
@@ -167,6 +169,25 @@ def resolve_added_group(
     resolved = list(_split(raw, low_rank, Choice(None, low_rank.targets)))
     _check_names(resolved, taken)
     return resolved
+
+
+def in_turns(groups: Iterable[ResolvedGroup], num_turns: int) -> list[ResolvedGroup]:
+    """Return the groups with their low-rank weights in so many parts, of as many weights each, in their order."""
+    groups = list(groups)
+    num_weights, done, found = sum(len(group.slots) for group in groups if group.options["rank"]), 0, []
+    for group in groups:
+        if not group.options["rank"]:
+            found.append(group)
+            continue
+        turns = [(done + place) * num_turns // num_weights for place in range(len(group.slots))]
+        done += len(turns)
+        for turn in sorted({*turns}):
+            mine = [place for place, its in enumerate(turns) if its == turn]
+            params = [group.options["params"][place] for place in mine]
+            found.append(
+                ResolvedGroup({**group.options, "params": params}, [group.slots[place] for place in mine], turn)
+            )
+    return found
 
 
 def _check_names(groups: Iterable[ResolvedGroup], taken: Iterable[str]) -> None:
@@ -337,6 +358,7 @@ _FOREIGN_NAMES = {
     "restart_warmup": ("the schedule's", "schedule=JaggedSchedule(1000, restart_warmup=...)"),
     "warm_start": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=...)"),
     "warm_start_at": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=..., warm_start_at=...)"),
+    "warm_start_turns": ("the schedule's", "schedule=JaggedSchedule(1000, warm_start=..., warm_start_turns=...)"),
     "num_warmup_steps": ("a scheduler's", "schedule=JaggedSchedule(1000, outer=cosine(20_000, warmup=...))"),
 }
 _OF_ALL_GROUPS = {

@@ -22,8 +22,10 @@ from .state import CLOCK, FORMAT, NAMES, READABLE, Entry, is_low_rank
 StateDict = dict[str, Any]
 
 
-def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], schedule: JaggedSchedule) -> None:
-    """Refuse a state dictionary that would be misread.
+def check_loadable(
+    saved: dict[str, Any], groups: list[dict[str, Any]], schedule: JaggedSchedule, turns: list[int]
+) -> None:
+    """Refuse a state dictionary that would be misread by groups with these turns of the warm start.
 
     Raises:
         ValueError: for another optimizer's state, an unknown format, other ranks or shapes, groups that disagree, or
@@ -32,8 +34,8 @@ def check_loadable(saved: dict[str, Any], groups: list[dict[str, Any]], schedule
     _check_form(saved)
     _check_groups(saved["param_groups"], groups)
     num_updates = saved["param_groups"][0]["num_updates"]
-    is_low = not schedule.is_full_rank(num_updates + 1)
-    for group, own in zip(saved["param_groups"], groups, strict=True):
+    for group, own, turn in zip(saved["param_groups"], groups, turns, strict=True):
+        is_low = schedule.turn(num_updates + 1) != turn
         for index, W in zip(group["params"], own["params"], strict=False):  # torch refuses other lengths
             entry = saved["state"].get(index)
             if not group["rank"] or (entry is None and num_updates == 0):

@@ -126,8 +126,8 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
         raise TypeError(f"memory of a {type(optimizer).__name__}: give the ReLoRAOptimizer, memory(optimizer)")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trained: list[Tensor] = []
-    for group in optimizer.param_groups:
-        has_factors = group["rank"] > 0 and optimizer.is_low_rank
+    for number, group in enumerate(optimizer.param_groups):
+        has_factors = optimizer._has_factors(number)
         for p in (p for p in group["params"] if p.requires_grad):
             entry = optimizer.state.get(p)
             factors = (entry["A"], entry["B"]) if is_low_rank(entry) else optimizer.factors(p) if has_factors else (p,)

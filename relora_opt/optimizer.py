@@ -35,6 +35,7 @@ from .groups import (
     ResolvedGroup,
     Selected,
     check_foreign_names,
+    in_turns,
     resolve_added_group,
     resolve_groups,
 )
@@ -107,7 +108,7 @@ class ReLoRAOptimizer(SavedOptimizer):
     measures_updates = False  # whether updates measure how far they move the low-rank weights, for metrics()
     _last_lr: list[Any]  # numbers, or tensors on a device, which nobody waits for
     _begun: ReferenceType[Step] | None  # the step that is in the middle of an update
-    _moved: dict[Tensor, Tensor] | None  # how far the last update moved the weights that it moved, where that is known
+    _moved: dict[Tensor, Tensor | float] | None  # how far the last update moved weights by their factors, where known
     _pruned: dict[Tensor, pruning.Pruned]  # by the last restart
     _num_breaks: int  # how often gradients were used, dropped or made void: whoever accumulates some begins anew
     _is_built = True  # False inside __init__
@@ -136,10 +137,11 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._check_settings()
         self._base = inner.Base(base, options)
         self._low_rank = LowRank(rank, alpha, factor_lr, targets, base_with_alpha=self._base.with_own_alpha)
-        resolved = resolve_groups(params, self._low_rank)
+        resolved = in_turns(resolve_groups(params, self._low_rank), self.schedule.warm_start_turns)
+        self._check_turns(resolved)
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
-        self._slots = [group.slots for group in resolved]
+        self._slots, self._turns = [group.slots for group in resolved], [group.turn for group in resolved]
         self._matched: dict[tuple[int, int, int], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
@@ -216,17 +218,20 @@ class ReLoRAOptimizer(SavedOptimizer):
         }
         num_groups, num_before = len(self.param_groups), sum(map(len, self._slots))
         try:
-            for group in resolve_added_group(param_group, self._low_rank, num_before=num_before, taken=self.selected):
+            added = resolve_added_group(param_group, self._low_rank, num_before=num_before, taken=self.selected)
+            for group in in_turns(added, self.schedule.warm_start_turns):
                 template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group(_with_own_tensors({**template, **group.options, **own}))
                 self._slots.append(group.slots)
+                self._turns.append(group.turn)
                 self._options.append(_without_parameters(group.options))
             self._fix_scales()
             self._check_base(self.param_groups[num_groups:])
             self._attach(takes_over=True)
         except Exception:  # all of it or nothing
-            del self.param_groups[num_groups:], self._slots[num_groups:], self._options[num_groups:]
+            for of_groups in (self.param_groups, self._slots, self._turns, self._options):
+                del of_groups[num_groups:]
             self._matched = {key: scale for key, scale in self._matched.items() if key[0] < num_groups}
             raise
         if self.state:
@@ -273,12 +278,13 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._num_breaks += 1
         restart = self.num_restarts + 1
         self._pruned = prune_states_(  # first: it tries the base, and whatever that raises leaves the cycle as it is
-            self._selected(), self.state, self._base, self._options, self.prune, seed=self.seed, restart=restart
+            self._factored(), self.state, self._base, self._options, self.prune, seed=self.seed, restart=restart
         )
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             group["num_restarts"], group["last_restart"] = restart, self.num_updates
-            group["pointing"] = self._num_sketches(group)
-        for W, slot, _, _ in self._selected():
+            if self._has_factors(number):
+                group["pointing"] = self._num_sketches(group)
+        for W, slot, _, _ in self._factored():
             W.grad = W.grad if release.is_dense(W.grad) else None
             redraw_(self.state[W], W, slot, init=self.init, seed=self.seed, restart=restart)
 
@@ -302,7 +308,7 @@ class ReLoRAOptimizer(SavedOptimizer):
             W, slot, group, _ = selected
             entry = self.state[W] if self.state.get(W) else drafts.get(W)
             scale = self._scale(selected) if is_low_rank(entry) else 0.0
-            moved = None if self._moved is None else self._moved.get(W, 0.0)
+            moved = None if self._moved is None else self._moved.get(W)
             is_pointing = bool(group["pointing"])
             watched.append(Watched(slot.name, W, entry, scale, is_pointing, moved, self._pruned.get(W)))
         try:
@@ -379,6 +385,12 @@ class ReLoRAOptimizer(SavedOptimizer):
             )
         if not isinstance(self.prune, pruning.STRATEGIES):
             raise TypeError(f"prune={self.prune!r} must be a strategy: prune.reset(), say")
+
+    def _check_turns(self, groups: Sequence[ResolvedGroup]) -> None:
+        num_turns = self.schedule.warm_start_turns
+        num_weights = sum(len(group.slots) for group in groups if group.options["rank"])
+        if num_turns > max(1, num_weights):
+            raise ValueError(f"warm_start_turns={num_turns} of {num_weights} low-rank weights: take no more than these")
 
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""
@@ -486,7 +498,7 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     def _pointing(self) -> list[tuple[Group, list[LowRankState]]]:
         """Return the groups whose A's are still to be pointed, with their weights."""
-        groups = self.param_groups if self.is_low_rank else []
+        groups = [group for number, group in enumerate(self.param_groups) if self._has_factors(number)]
         return [(group, list(self._low_rank_weights([group]))) for group in groups if group["pointing"]]
 
     def _check_sketches(self, where: str) -> None:
@@ -508,25 +520,26 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     def _find_to_release(self, number: int, place: int) -> LowRankState | None:
         """Return the weight at a place of a group, where it has factors now."""
-        if not self.is_low_rank:
+        if not self._has_factors(number):
             return None
         group = self.param_groups[number]
         selected = Selected(group["params"][place], self._slots[number][place], group, number)
         return LowRankState(selected.W, self._entry(selected), self._scale(selected))
 
-    def _measured(self, weights: Sequence[LowRankState], before: list[Tensor]) -> dict[Tensor, Tensor] | None:
+    def _measured(self, weights: Sequence[LowRankState], before: list[Tensor]) -> dict[Tensor, Tensor | float] | None:
         """Return how far the update has moved the weights, whose factors were `before`; None where nobody asks."""
         if not (self.measures_updates and self.is_low_rank):
             return None
         moved = zip(weights, movements(factors_of(weights), before), strict=True)
-        return {weight.W: product_norm(right, left, weight.scale) for weight, (left, right) in moved}
+        norms = {weight.W: product_norm(right, left, weight.scale) for weight, (left, right) in moved}
+        return {**dict.fromkeys((selected.W for selected in self._factored()), 0.0), **norms}
 
     def _rates(self) -> list[Any]:
         """Return the effective rate of every group in the coming update."""
-        multiplier, is_low_rank_phase = self.lr_multiplier, self.is_low_rank
+        multiplier = self.lr_multiplier
         return [
-            group["lr"] * (multiplier * group["factor_lr"] if is_low_rank_phase else multiplier)
-            for group in self.param_groups
+            group["lr"] * (multiplier * group["factor_lr"] if self._has_factors(number) else multiplier)
+            for number, group in enumerate(self.param_groups)
         ]
 
     def _tick(self) -> None:
@@ -535,39 +548,37 @@ class ReLoRAOptimizer(SavedOptimizer):
             group["num_updates"] += 1
         if not any(group["rank"] for group in self.param_groups):
             return
-        if self.schedule.widens_after(self.num_updates):
-            self._widen()
-        elif self.schedule.switches_after(self.num_updates):
+        if self.schedule.changes_after(self.num_updates):
             self._switch()
         elif self.schedule.restarts_after(self.num_updates):
             self.restart()
 
-    def _widen(self) -> None:
-        """Begin a warm start after low rank: the factors go, of which W has everything; all else is left alone."""
-        self._begin_phase()
-        self._fresh = None  # which was of another moment
-        self._changed()
-        reset_counters_(self._selected(), self._base, self._options, {s.W: s.W for s in self._selected()})
-
     def _switch(self) -> None:
-        """End the warm start: the selected weights' dense state goes, factors come; all else is left alone."""
-        for group in self.param_groups:
-            group["num_restarts"] += bool(self.schedule.warm_start_at)
-        self._begin_phase()
-        self._make_entries()
-        reset_counters_(
-            self._selected(), self._base, self._options, {s.W: self.state[s.W]["A"] for s in self._selected()}
-        )
+        """Begin, pass on or end the warm start: what was trained of the weights concerned goes, all else is left alone.
 
-    def _begin_phase(self) -> None:
-        """Forget the selected weights' state, of factors or dense; the factors to come are still to be pointed."""
+        Factors go of which W has everything; W's dense state goes, and factors come, which may be still to be pointed.
+        """
+        ended, begun = self.schedule.turn(self.num_updates), self.schedule.turn(self.num_updates + 1)
+        is_restart = ended is not None and ended + self.schedule.warm_start_at > 0  # these had factors before
         self._pruned = {}
         for group in self.param_groups:
             group["last_restart"] = self.num_updates
+            group["num_restarts"] += is_restart
+        concerned = [
+            group for group, turn in zip(self.param_groups, self._turns, strict=True) if turn in (ended, begun)
+        ]
+        for group in concerned:
             group["pointing"] = self._num_sketches(group)
-        for selected in self._selected():
+        weights = list(self._selected(concerned))
+        for selected in weights:
             self.state.pop(selected.W, None)
             selected.W.grad = None  # used up: what zeroes the functional model's gradients will not reach it any more
+        if begun is not None:
+            self._fresh = None  # which was of another moment
+        self._make_entries()
+        self._changed()
+        trained = {s.W: self.state[s.W]["A"] if self._has_factors(s.number) else s.W for s in weights}
+        reset_counters_(weights, self._base, self._options, trained)
 
     def _check_unscaled(self) -> None:
         if getattr(self, "found_inf", None) is not None and self._step_supports_amp_scaling:

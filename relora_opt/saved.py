@@ -76,7 +76,7 @@ class SavedOptimizer(FactoredOptimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict = with_fresh_states(state_dict, self._selected(), self._fresh or ())
-        check_loadable(state_dict, self.param_groups, self.schedule)
+        check_loadable(state_dict, self.param_groups, self.schedule, self._turns)
         check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
         self._adopt_scales(saved_scales(state_dict), state_dict["param_groups"])
@@ -167,8 +167,7 @@ class SavedOptimizer(FactoredOptimizer):
         check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
             is_first = num_updates == last_restart and not num_restarts
-            switches = self.schedule.switches_after(num_updates) or self.schedule.widens_after(num_updates)
-            fresh = self.selected if is_first or switches else ()
+            fresh = self.selected if is_first or self.schedule.changes_after(num_updates) else ()
         scales = dict(scales or {})
         unknown = sorted({*fresh, *scales} - {*self.selected})
         if unknown:
@@ -221,6 +220,7 @@ _OWN = (
     "_low_rank",
     "_base",
     "_slots",
+    "_turns",
     "_options",
     "_scales",
     "_with_alpha",

@@ -99,10 +99,13 @@ class JaggedSchedule:
         outer: the schedule that the ramps are cut out of, u -> multiplier.
         warm_start_at: updates of low rank before the warm start; 0, as in the paper, puts it first. The cycle that it
             cuts off begins anew after it.
+        warm_start_turns: in how many turns the low-rank weights have their warm start: the first part of them, in the
+            order of the model, for `warm_start` updates, then the next, while the others are low-rank. So only one
+            part at a time has gradients and optimizer state of its own size.
 
     Raises:
-        ValueError: for a negative count, a ramp longer than its cycle, a place for no warm start, or an outer schedule
-            that starts with no number.
+        ValueError: for a negative count, a ramp longer than its cycle, a place or turns for no warm start, or an outer
+            schedule that starts with no number.
 
     >>> schedule = JaggedSchedule(restart_every=100, restart_warmup=10, warm_start=50)
     >>> schedule(50), schedule(55), schedule(60), schedule(155)
@@ -116,12 +119,16 @@ class JaggedSchedule:
     warm_start: int = 0
     outer: OuterSchedule = field(default_factory=constant)
     warm_start_at: int = 0
+    warm_start_turns: int = 1
 
     def __post_init__(self) -> None:
         for name in ("restart_every", "restart_warmup", "warm_start", "warm_start_at"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number of updates, 0 or more")
+        turns = self.warm_start_turns
+        if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
+            raise ValueError(f"warm_start_turns={turns!r} must be a whole number, 1 or more: 1 is all weights together")
         if 0 < self.restart_every < self.restart_warmup:
             raise ValueError(
                 f"restart_warmup={self.restart_warmup} is longer than restart_every={self.restart_every}: "
@@ -129,7 +136,9 @@ class JaggedSchedule:
             )
         if self.warm_start_at and not self.warm_start:
             raise ValueError(f"warm_start_at={self.warm_start_at} of no warm start: say how long with warm_start")
-        if self.warm_start_at > 0 and self.warm_start < self.restart_warmup:
+        if turns > 1 and not self.warm_start:
+            raise ValueError(f"warm_start_turns={turns} of no warm start: say how long each is with warm_start")
+        if (self.warm_start_at > 0 or turns > 1) and self.warm_start < self.restart_warmup:
             raise ValueError(
                 f"restart_warmup={self.restart_warmup} is longer than warm_start={self.warm_start}, in which the rate "
                 "would never recover; shorten the ramp"
@@ -161,24 +170,31 @@ class JaggedSchedule:
     @property
     def switch(self) -> int:
         """The last update of the warm start; 0 where there is none."""
-        return self.warm_start_at + self.warm_start
+        return self.warm_start_at + self.warm_start_turns * self.warm_start
 
     @property
     def place(self) -> str:
         """The warm start's length and place, for messages."""
-        return f"warm_start={self.warm_start}{f' at {self.warm_start_at}' if self.warm_start_at else ''}"
+        at = f" at {self.warm_start_at}" if self.warm_start_at else ""
+        turns = f" in {self.warm_start_turns} turns" if self.warm_start_turns > 1 else ""
+        return f"warm_start={self.warm_start}{at}{turns}"
+
+    def turn(self, update: int) -> int | None:
+        """Return the turn of the warm start, 0, 1, ..., that this update is one of; None outside it."""
+        is_within = self.warm_start_at < update <= self.switch
+        return (update - 1 - self.warm_start_at) // self.warm_start if is_within else None
 
     def is_full_rank(self, update: int) -> bool:
-        """Say whether this update is one of the warm start."""
-        return self.warm_start_at < update <= self.switch
-
-    def widens_after(self, update: int) -> bool:
-        """Say whether this update is the last of low rank before a warm start that comes later."""
-        return update == self.warm_start_at > 0
+        """Say whether this update is one of the warm start, of the weights whose turn it is."""
+        return self.turn(update) is not None
 
     def switches_after(self, update: int) -> bool:
         """Say whether the warm start ends with this update (a first switch is not counted as a restart)."""
         return update == self.switch > 0
+
+    def changes_after(self, update: int) -> bool:
+        """Say whether some weights change between low and full rank after this update."""
+        return update > 0 and self.turn(update) != self.turn(update + 1)
 
     def restarts_after(self, update: int) -> bool:
         """Say whether a cycle ends with this update: u = k * restart_every before the warm start, k = 1, 2, ...
@@ -199,8 +215,9 @@ class JaggedSchedule:
 
     def _cycle_start(self, update: int) -> int:
         """Return the last restart or switch before an update of the periodic clock."""
-        if self.is_full_rank(update):
-            return self.warm_start_at
+        turn = self.turn(update)
+        if turn is not None:
+            return self.warm_start_at + turn * self.warm_start
         start = self.switch if update > self.switch else 0
         cycles = (update - 1 - start) // self.restart_every if self.restart_every else 0
         return start + cycles * self.restart_every

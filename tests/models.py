@@ -79,10 +79,15 @@ def relora(model: nn.Module, base: str = "AdamW", **changes: Any) -> ReLoRAOptim
 
 
 def jagged_schedule(
-    restart_every: int = 11, restart_warmup: int = 3, warm_start: int = 8, at: int = 0
+    restart_every: int = 11, restart_warmup: int = 3, warm_start: int = 8, at: int = 0, turns: int = 1
 ) -> JaggedSchedule:
     """Return a schedule with every feature: with the defaults, a switch after 8 and restarts after 19 and 30."""
-    lengths = {"restart_warmup": restart_warmup, "warm_start": warm_start, "warm_start_at": at}
+    lengths = {
+        "restart_warmup": restart_warmup,
+        "warm_start": warm_start,
+        "warm_start_at": at,
+        "warm_start_turns": turns,
+    }
     return JaggedSchedule(restart_every, **lengths, outer=cosine(40, warmup=4, min_ratio=0.1))
 
 

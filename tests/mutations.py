@@ -348,29 +348,43 @@ MUTATIONS = (
     Mutation(
         "keep the factors in a later warm start",
         "optimizer.py",
-        "if self.schedule.widens_after(self.num_updates):",
-        "if False:",
+        "if self.schedule.changes_after(self.num_updates):",
+        "if self.schedule.switches_after(self.num_updates):",
         ("test_laws_reference.py", WALK),
     ),
     Mutation(
         "draw the A's of before a later warm start again",
         "optimizer.py",
-        'group["num_restarts"] += bool(self.schedule.warm_start_at)',
-        "pass",
+        "is_restart = ended is not None and ended + self.schedule.warm_start_at > 0",
+        "is_restart = False",
         ("test_laws_reference.py", WALK),
+    ),
+    Mutation(
+        "begin every turn of a warm start anew for all weights",
+        "optimizer.py",
+        "strict=True) if turn in (ended, begun)",
+        "strict=True) if turn in (ended, begun) or True",
+        ("test_laws_reference.py", WALK),
+    ),
+    Mutation(
+        "train the factors of the turn before at the rate of weights",
+        "optimizer.py",
+        "if self._has_factors(number) else multiplier)",
+        "if self.is_low_rank else multiplier)",
+        ("test_laws_schedule.py", "base_sees"),
     ),
     Mutation(
         "let a base count on in a later warm start",
         "optimizer.py",
-        "        reset_counters_(self._selected(), self._base, self._options, {s.W: s.W for s in self._selected()})\n",
+        "        reset_counters_(weights, self._base, self._options, trained)\n",
         "",
         ("test_foreign_bases.py", "later_warm_start"),
     ),
     Mutation(
         "forget the ramp of a later warm start",
         "schedule.py",
-        "            return self.warm_start_at\n",
-        "            return 0\n",
+        "            return self.warm_start_at + turn * self.warm_start\n",
+        "            return turn * self.warm_start\n",
         ("test_laws_schedule.py", "multiplier_is_the_formula"),
     ),
     Mutation(
@@ -495,8 +509,8 @@ MUTATIONS = (
     Mutation(
         "point A once and never at a restart",
         "optimizer.py",
-        'restart, self.num_updates\n            group["pointing"] = self._num_sketches(group)\n',
-        "restart, self.num_updates\n",
+        "            if self._has_factors(number):\n                group",
+        "            if False:\n                group",
         ("test_pointing.py", "every_cycle_points"),
     ),
     Mutation(
@@ -565,8 +579,8 @@ MUTATIONS = (
     Mutation(
         "leave out a weight that sits in a list, too",
         "functional.py",
-        "if W is None or group is None:",
-        "if W is None or group is None or name == 'weight_ih_l0':",
+        "if W is None or number is None:",
+        "if W is None or number is None or name == 'weight_ih_l0':",
         ("test_models.py", "oracles and recurrent"),
     ),
     Mutation(

@@ -39,10 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3, at: int = 0) -> Made:
+def build(case: str, dtype: torch.dtype, *, seed: int = 0, warm_start: int = 3, at: int = 0, turns: int = 1) -> Made:
     model, settings = mlp(dtype, seed=seed), dict(CASES[case])
-    # Of 3: the switch after 3, restarts after 7 and 11; of 2 at 2: the switch after 4, restarts after 8 and 12.
-    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=warm_start, at=at)
+    # Of 3: the switch after 3, restarts after 7 and 11; of 2 at 2: the switch after 4, restarts after 8 and 12; in two
+    # turns of 2 at 2: switches after 4 and 6, a restart after 10.
+    schedule = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=warm_start, at=at, turns=turns)
     return model, relora(model, settings.pop("base"), schedule=schedule, max_grad_norm=0.5, **settings)
 
 
@@ -59,30 +60,30 @@ def packed(made: Made, options: StateDictOptions) -> dict[str, Any]:
 
 
 def moments() -> Iterator[Any]:
-    """Yield every case with (warm_start, at, is_flat); but for one warm start, flat, the hardest case alone is fast."""
+    """Yield every case, its warm start and is_flat; but for one warm start, flat, the hardest case alone is fast."""
     for case in CASES:
-        for form in ((3, 0, False), (3, 0, True), (0, 0, True), (2, 2, True)):
-            is_fast = form == (3, 0, True) or case == "gradient, cleared by a reset"
+        for form in ((3, 0, 1, False), (3, 0, 1, True), (0, 0, 1, True), (2, 2, 1, True), (2, 2, 2, True)):
+            is_fast = form == (3, 0, 1, True) or case == "gradient, cleared by a reset"
             yield pytest.param(case, *form, marks=() if is_fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("case", "warm_start", "at", "is_flat"), [*moments()])
+@pytest.mark.parametrize(("case", "warm_start", "at", "turns", "is_flat"), [*moments()])
 @pytest.mark.parametrize("path", ["dense", "functional"])
 def test_continuing_from_its_files_is_bitwise_at_every_moment(
-    case: str, path: str, is_flat: bool, warm_start: int, at: int, tmp_path: Path
+    case: str, path: str, is_flat: bool, warm_start: int, at: int, turns: int, tmp_path: Path
 ) -> None:
     """The moments: before the first step, in the warm start, the switch, a sketch, mid-cycle, a restart, after it."""
     options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
-    made = build(case, torch.float32, warm_start=warm_start, at=at)
+    made = build(case, torch.float32, warm_start=warm_start, at=at, turns=turns)
     last = 0
-    for stop in (0, 2, 3, 4, 5, 7, 8):
+    for stop in (0, 2, 3, 4, 5, 6, 7, 8):
         if stop:
             run(path, made, last, stop)
         last = stop
         saved = packed(made, options)
         dcp.save(saved, checkpoint_id=tmp_path / str(stop), no_dist=True)
         clock, expected = made[1].clock, snapshot(*made)
-        resumed = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at)
+        resumed = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at, turns=turns)
         resumed[1].set_clock(**clock)
         template = packed(resumed, options)
         dcp.load(template, checkpoint_id=tmp_path / str(stop), no_dist=True)
@@ -91,7 +92,7 @@ def test_continuing_from_its_files_is_bitwise_at_every_moment(
         assert resumed[1].clock == clock
         assert not differences(snapshot(*resumed), expected), f"loading after update {stop}"
         if stop in (0, 3, 5):  # the saved state is that of the updates up to here, and it goes on
-            twin = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at)
+            twin = build(case, torch.float32, seed=stop + 1, warm_start=warm_start, at=at, turns=turns)
             twin[0].load_state_dict(expected["model"])
             twin[1].load_state_dict(expected["optimizer"])
             assert not differences(run(path, resumed, stop, stop + 5), run(path, twin, stop, stop + 5))

@@ -360,6 +360,24 @@ MISTAKES = {
     "warm_start_at of the optimizer": Mistake(
         lambda: low_rank(warm_start_at=9), TypeError, "warm_start_at=9", "JaggedSchedule(1000, warm_start=..., warm_st"
     ),
+    "warm_start_turns": Mistake(
+        lambda: JaggedSchedule(5, warm_start=2, warm_start_turns=0), ValueError, "warm_start_turns=0", "1 or more"
+    ),
+    "warm_start_turns of none": Mistake(
+        lambda: JaggedSchedule(5, warm_start_turns=2), ValueError, "warm_start_turns=2", "how long each is"
+    ),
+    "warm_start_turns with long ramps": Mistake(
+        lambda: JaggedSchedule(5, 3, warm_start=2, warm_start_turns=2), ValueError, "restart_warmup=3", "shorten"
+    ),
+    "warm_start_turns of few weights": Mistake(
+        lambda: low_rank(schedule=JaggedSchedule(5, warm_start=2, warm_start_turns=9)),
+        ValueError,
+        "warm_start_turns=9 of",
+        "take no more",
+    ),
+    "warm_start_turns of the optimizer": Mistake(
+        lambda: low_rank(warm_start_turns=2), TypeError, "warm_start_turns=2", "JaggedSchedule(1000, warm_start=..., w"
+    ),
     "ramp": Mistake(lambda: JaggedSchedule(5, 6), ValueError, "restart_warmup=6", "shorten the ramp"),
     "outer": Mistake(lambda: JaggedSchedule(5, outer=0.5), TypeError, "outer=0.5", "cosine(20_000), say"),
     "outer not called": Mistake(

@@ -227,6 +227,20 @@ def test_low_rank_after_a_later_warm_start_is_compiled_already() -> None:
 
 
 @pytest.mark.usefixtures("backend")
+def test_every_turn_of_a_warm_start_is_compiled_once() -> None:
+    model = mlp()
+    schedule = jagged_schedule(restart_every=3, restart_warmup=2, warm_start=3, at=4, turns=2)
+    optimizer = relora(model, schedule=schedule)
+    step = optimizer.make_step(model, mse, compile=True)
+    graphs = []
+    for u in range(15):
+        step(*batch(u))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert optimizer.num_restarts == 4  # after 3, switches after 7 and 10, and after 13
+    assert graphs == [1] * 4 + [2] * 3 + [3] * 8
+
+
+@pytest.mark.usefixtures("backend")
 def test_the_compiled_step_never_forms_a_dense_gradient() -> None:
     model = mlp()
     optimizer = relora(model, schedule=JaggedSchedule(3))

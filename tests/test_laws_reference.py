@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import BASES, PATHS, SELECTED, batch, jagged_schedule, mlp, mse, relora, selected_weights, stepper
-from reference import ReferenceReLoRA, cosine
+from reference import ReferenceLinear, ReferenceReLoRA, cosine
 from torch import Tensor
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
@@ -32,8 +32,8 @@ def distance(model: torch.nn.Module, optimizer: ReLoRAOptimizer, reference: Refe
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, weight in selected_weights(model).items():
         pairs.append((weight, reference.effective_weight(name)))
-        if optimizer.is_low_rank:
-            layer = reference.layer(name)
+        layer = reference.layer(name)
+        if isinstance(layer, ReferenceLinear):
             pairs += zip(optimizer.factors(weight), (layer.A, layer.B), strict=True)
             pairs.append((optimizer.frozen_weight(weight), layer.W_frozen))
     theirs = dict(reference.model.named_parameters())
@@ -45,30 +45,38 @@ def distance(model: torch.nn.Module, optimizer: ReLoRAOptimizer, reference: Refe
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(("warm_start", "at"), [(0, 0), (8, 0), (8, 14)])
+@pytest.mark.parametrize(
+    ("warm_start", "at", "turns", "switches", "restarts"),
+    [
+        (0, 0, 1, [], [11, 22, 33]),
+        (8, 0, 1, [8], [19, 30]),
+        (8, 14, 1, [14, 22], [11, 33]),
+        (8, 0, 2, [8, 16], [27, 38]),
+        (8, 14, 2, [14, 22, 30], [11]),
+    ],
+)
 def test_every_path_equals_the_reference_at_each_of_40_updates(
-    dtype: torch.dtype, path: str, base: str, warm_start: int, at: int
+    dtype: torch.dtype, path: str, base: str, warm_start: int, at: int, turns: int, switches: Any, restarts: Any
 ) -> None:
     model, twin = mlp(dtype), mlp(dtype)
     common: dict[str, Any] = {"factor_lr": 2.0, "max_grad_norm": 0.5}
-    optimizer = relora(model, base, schedule=jagged_schedule(warm_start=warm_start, at=at), **common)
+    optimizer = relora(model, base, schedule=jagged_schedule(warm_start=warm_start, at=at, turns=turns), **common)
     outer = lambda u: cosine(u, N=40, warmup=4, minimum=0.1)  # noqa: E731
-    clock: dict[str, Any] = {"q": 11, "ramp": 3, "warm_start": warm_start, "at": at, "outer": outer}
+    clock: dict[str, Any] = {"q": 11, "ramp": 3, "warm_start": warm_start, "at": at, "turns": turns, "outer": outer}
     reference = reference_of(base, twin, scale=1.5, **clock, **common)
     draw = drawn_by(optimizer, model)
-    if optimizer.is_low_rank:
-        reference.switch(draw)
+    reference.begin(draw)
     step = stepper(path, optimizer, model)
-    events = 0
+    events = []
     for u in range(1, 41):
         loss = step(*batch(u, dtype))
         expected = reference.update(lambda u=u: mse(twin, *batch(u, dtype)))
-        events += reference.restart_if_due(draw)
+        events += [u] if reference.restart_if_due(draw) else []
         assert abs(float(loss - expected)) < TOLERANCE[dtype], f"loss of update {u}"
         assert (gap := distance(model, optimizer, reference)) < TOLERANCE[dtype], f"update {u}: {gap}"
-    assert events == (4 if at else 3)  # at 14: a restart after 11, widened after 14, the switch after 22, a restart
+    assert events == sorted([*switches, *restarts])
     assert optimizer.num_updates == 40
-    assert optimizer.num_restarts == (3 if at or not warm_start else 2)
+    assert optimizer.num_restarts == len(restarts) + len(switches[1:])  # the first one has no A before it
 
 
 @pytest.mark.parametrize("base", BASES)

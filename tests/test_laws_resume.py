@@ -20,6 +20,8 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, prune
 LAST = 14
 SCHEDULE = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=4)  # switch after 4; restarts after 8 and 12
 LATE = jagged_schedule(restart_every=4, restart_warmup=2, warm_start=3, at=6)  # restarts after 4 and 13; switch after 9
+# Switches after 4, 7 and 10; restarts after 3 and 13:
+TURNS = jagged_schedule(restart_every=3, restart_warmup=2, warm_start=3, at=4, turns=2)
 STRATEGIES = {
     "reset": prune.reset(),
     "magnitude": prune.magnitude(0.5),
@@ -88,12 +90,15 @@ def test_continuing_from_a_file_after_any_update_equals_never_having_stopped(
 @pytest.mark.parametrize("path", ["dense", "step"])
 @pytest.mark.parametrize("init", ["kaiming", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_continuing_with_a_warm_start_in_the_middle_is_bitwise_too(dtype: torch.dtype, init: str, path: str) -> None:
-    model, optimizer = build(dtype, "AdamW", init=init, schedule=LATE)
+@pytest.mark.parametrize(("schedule", "num_restarts"), [(LATE, 3), (TURNS, 4)], ids=["together", "in turns"])
+def test_continuing_with_a_warm_start_in_the_middle_is_bitwise_too(
+    schedule: JaggedSchedule, num_restarts: int, dtype: torch.dtype, init: str, path: str
+) -> None:
+    model, optimizer = build(dtype, "AdamW", init=init, schedule=schedule)
     snapshots = [snapshot(model, optimizer), *run(path, model, optimizer, 0)]
-    assert optimizer.num_restarts == 3  # after 4, the switch after 9, and after 13
+    assert optimizer.num_restarts == num_restarts  # the later switches among them
     for u in range(LAST + 1):
-        resumed, fresh = build(dtype, "AdamW", init=init, schedule=LATE, seed=u + 1)
+        resumed, fresh = build(dtype, "AdamW", init=init, schedule=schedule, seed=u + 1)
         saved = through_file(snapshots[u])
         resumed.load_state_dict(saved["model"])
         fresh.load_state_dict(saved["optimizer"])

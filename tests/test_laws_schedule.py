@@ -17,7 +17,7 @@ from relora_opt import JaggedSchedule, ReLoRAOptimizer, cosine
 
 
 @st.composite
-def clocks(draw: st.DrawFn) -> dict[str, int]:
+def clocks(draw: st.DrawFn, most_turns: int = 3) -> dict[str, int]:
     q = draw(st.integers(0, 12))
     N = draw(st.integers(2, 60))
     ramp, warm_start = draw(st.integers(0, q if q else 8)), draw(st.integers(0, 15))
@@ -26,17 +26,18 @@ def clocks(draw: st.DrawFn) -> dict[str, int]:
         "ramp": ramp,
         "warm_start": warm_start,
         "at": draw(st.integers(0, 20)) if warm_start >= max(1, ramp) else 0,
+        "turns": draw(st.integers(1, most_turns)) if warm_start >= max(1, ramp) else 1,
         "N": N,
         "warmup": draw(st.integers(0, N - 1)),
     }
 
 
 def both(clock: dict[str, int]) -> tuple[JaggedSchedule, Any]:
-    q, ramp, warm_start, at, N, warmup = clock.values()
-    lengths = {"restart_warmup": ramp, "warm_start": warm_start, "warm_start_at": at}
+    q, ramp, warm_start, at, turns, N, warmup = clock.values()
+    lengths = {"restart_warmup": ramp, "warm_start": warm_start, "warm_start_at": at, "warm_start_turns": turns}
     schedule = JaggedSchedule(q, **lengths, outer=cosine(N, warmup=warmup, min_ratio=0.05))
     outer = lambda u: reference_cosine(u, N=N, warmup=warmup, minimum=0.05)  # noqa: E731
-    return schedule, lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, at=at, outer=outer)
+    return schedule, lambda u: jagged(u, q=q, ramp=ramp, warm_start=warm_start, at=at, turns=turns, outer=outer)
 
 
 @settings(max_examples=200, deadline=None)
@@ -51,12 +52,14 @@ def test_the_multiplier_is_the_formula_at_every_update(clock: dict[str, int]) ->
 @given(clocks())
 def test_restarts_fall_on_warm_start_plus_k_periods_and_the_switch_is_none(clock: dict[str, int]) -> None:
     schedule, _ = both(clock)
-    q, warm_start, at = clock["q"], clock["warm_start"], clock["at"]
-    switch, updates = at + warm_start, range(1, 80)
+    q, warm_start, at, turns = clock["q"], clock["warm_start"], clock["at"], clock["turns"]
+    switch, updates = at + turns * warm_start, range(1, 80)
     expected = {*range(q, at, q), *range(switch + q, 80, q)} if q else set()
     assert {u for u in updates if schedule.restarts_after(u)} == expected
     assert {u for u in updates if schedule.switches_after(u)} == ({switch} if switch else set())
-    assert {u for u in updates if schedule.widens_after(u)} == ({at} if at else set())
+    changes = {at + number * warm_start for number in range(turns + 1)} if warm_start else set()
+    assert {u for u in updates if schedule.changes_after(u)} == {u for u in changes if 0 < u < 80}
+    assert [schedule.turn(u) for u in range(at + 1, switch + 1)] == [k for k in range(turns) for _ in range(warm_start)]
     assert [u for u in updates if schedule.is_full_rank(u)] == list(range(at + 1, switch + 1))
     for u in updates:
         assert schedule.next_restart(u) == min((v for v in expected if v > u), default=schedule.next_restart(79))
@@ -82,7 +85,7 @@ def update(optimizer: ReLoRAOptimizer, model: torch.nn.Module) -> dict[int, floa
 
 
 @settings(max_examples=25, deadline=None)
-@given(clocks())
+@given(clocks(most_turns=2))
 def test_the_base_sees_group_lr_times_multiplier_times_factor_lr_at_every_update(clock: dict[str, int]) -> None:
     schedule, formula = both(clock)
     model = mlp()
@@ -92,14 +95,14 @@ def test_the_base_sees_group_lr_times_multiplier_times_factor_lr_at_every_update
         {"params": [model.head.weight, model.norm.weight], "lr": 0.3},
     ]
     optimizer = ReLoRAOptimizer(groups, RecordingSGD, rank=0, schedule=schedule, lr=1.0)
+    turns = {model.first.weight: 0, model.second.weight: clock["turns"] - 1}
     for u in range(1, 40):
-        is_low_rank = not schedule.is_full_rank(u)
-        weights = (model.first.weight, model.second.weight) if is_low_rank else ()
-        factors = {id(p): tuple(map(id, optimizer.factors(p))) for p in weights}
+        factored = [p for p, turn in turns.items() if schedule.turn(u) != turn]
+        factors = {id(p): tuple(map(id, optimizer.factors(p))) for p in factored}
         seen = update(optimizer, model)
         for weight, lr, factor_lr in ((model.first.weight, 0.1, 2.0), (model.second.weight, 0.2, 0.5)):
-            expected = lr * formula(u) * (factor_lr if is_low_rank else 1.0)
-            tensors = factors[id(weight)] if is_low_rank else (id(weight),)
+            expected = lr * formula(u) * (factor_lr if id(weight) in factors else 1.0)
+            tensors = factors.get(id(weight), (id(weight),))
             assert [seen[t] for t in tensors] == pytest.approx([expected] * len(tensors), rel=1e-14)
         assert seen[id(model.head.weight)] == pytest.approx(0.3 * formula(u), rel=1e-14)
 

@@ -338,6 +338,20 @@ def test_a_switch_leaves_the_last_update_known_and_no_restarts_share() -> None:
     assert [seen.num_restarts for seen in found] == [0, 1, 1, 1, 2, 2, 3]
 
 
+def test_how_far_weights_move_is_not_known_while_some_are_at_full_rank() -> None:
+    model = mlp()
+    optimizer = relora(model, schedule=JaggedSchedule(0, warm_start=2, warm_start_at=1, warm_start_turns=2))
+    optimizer.measures_updates = True
+    step, found = stepper("dense", optimizer, model), []
+    for u in range(7):
+        step(*batch(u))
+        found.append(optimizer.metrics())
+    assert [seen.update_rms is None for seen in found] == [False, True, True, True, True, False, False]
+    moved = [[seen.weights[f"{name}.weight"].update_rms for name in ("first", "second")] for seen in found]
+    assert [[rms is None for rms in pair] for pair in moved[1:5]] == [[True, False]] * 2 + [[False, True]] * 2
+    assert all(rms is None or rms > 0 for pair in moved for rms in pair)
+
+
 @pytest.mark.parametrize("init", ["kaiming", "gradient"])
 @pytest.mark.parametrize("warm_start", [0, 3])
 def test_before_the_first_update_there_is_nothing_to_see_and_nothing_comes_of_looking(
