@@ -129,11 +129,13 @@ def make_schedule(config: Config) -> JaggedSchedule:
         outer = constant(config.warmup)
     else:
         outer = _OUTER[config.outer](config.steps, warmup=config.warmup, min_ratio=config.min_ratio)
+    has_warm_start = bool(config.rank and config.warm_start)  # else its place has no effect
     return JaggedSchedule(
         config.restart_every,
         restart_warmup=config.restart_warmup,
         warm_start=config.warm_start,
-        warm_start_at=config.warm_start_at if config.rank and config.warm_start else 0,  # else it has no effect
+        warm_start_at=config.warm_start_at if has_warm_start else 0,
+        warm_start_turns=config.warm_start_turns if has_warm_start else 1,
         outer=outer,
     )
 

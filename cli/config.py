@@ -80,6 +80,10 @@ class Config:
     warm_start_at: int = _option(
         "Low-rank updates before those; at 0 they come first, as in the paper. (default: 0)", panel=_LOW_RANK
     )
+    warm_start_turns: int = _option(
+        "Parts of the low-rank weights that have those one after the other, in a part's memory. (default: 1)",
+        panel=_LOW_RANK,
+    )
     restart_every: int = _option(
         f"Updates in a cycle; 0 is plain LoRA. (default: {CYCLE:g} times the rank or a few more, where the run has "
         f"{FEWEST_CYCLES} such cycles, else 0)",
@@ -134,6 +138,11 @@ class Config:
         panel=_RUN,
     )
     seed: int = _option("Of the weights, the order of the data and the draws. (default: 0)", panel=_RUN)
+
+    @property
+    def switch(self) -> int:
+        """The last update of the warm start; 0 where there is none."""
+        return self.warm_start_at + self.warm_start_turns * self.warm_start
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}

@@ -10,7 +10,7 @@ from .errors import UserError
 
 _POSITIVE_COUNTS = (
     *("seq_len", "steps", "batch_size", "micro_batch_size"),
-    *("eval_every", "save_every", "keep", "max_skips"),
+    *("eval_every", "save_every", "keep", "max_skips", "warm_start_turns"),
 )
 _COUNTS = ("rank", "warmup", "warm_start", "warm_start_at", "restart_every", "restart_warmup")
 _MOST_THREADS = 1024  # far more than a step has work for, and than most systems let a process have
@@ -123,16 +123,18 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_cycles(config: Config) -> None:
     """Refuse a run that would end before what it asks for begins."""
-    if config.warm_start_at and not config.warm_start:
-        raise UserError(f"warm_start_at={config.warm_start_at} of no warm start: say how long, warm_start")
-    every, switch = config.restart_every, config.warm_start_at + config.warm_start
+    for name, usual in (("warm_start_at", 0), ("warm_start_turns", 1)):
+        if getattr(config, name) != usual and not config.warm_start:
+            raise UserError(f"{name}={getattr(config, name)} of no warm start: say how long, warm_start")
+    every, switch = config.restart_every, config.switch
     if switch >= config.steps:
         place = f" at {config.warm_start_at}" if config.warm_start_at else ""
+        place += f" in {config.warm_start_turns} turns" if config.warm_start_turns > 1 else ""
         raise UserError(
             f"warm_start={config.warm_start}{place} leaves no low-rank update in steps={config.steps}: shorten it, or "
             "give rank 0 to train at full rank"
         )
-    if config.warm_start_at > 0 and config.warm_start < config.restart_warmup:
+    if (config.warm_start_at > 0 or config.warm_start_turns > 1) and config.warm_start < config.restart_warmup:
         raise UserError(
             f"restart_warmup={config.restart_warmup} is longer than warm_start={config.warm_start}, in which the rate "
             "would never recover; shorten the ramp"

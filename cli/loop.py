@@ -51,7 +51,7 @@ class Loop:
         self.guard = Guard(config.max_loss_jump, losses=run.progress.losses)
         self.step = self._make_step()
         self.validation = drawn_sequences(run.corpus.val, seq_len=config.seq_len).to(self.device)
-        self.compiled: set[Phase] = set()
+        self.compiled: set[str] = set()
         self.unfinished: Row | None = None  # of the update that is made but not reported yet
 
     def _make_step(self) -> Callable[[Tensor], Tensor]:
@@ -104,18 +104,25 @@ class Loop:
 
     def _train_on(self, batch: Tensor, phase: Phase) -> tuple[float, float]:
         """Return the mean loss of this process's share of a batch, and the seconds that it took."""
-        compiles = bool(self.run.config.compile) and phase not in self.compiled
+        step = self._name_of_step(phase)
+        compiles = bool(self.run.config.compile) and step not in self.compiled
         if compiles:
-            self.view.say(f"compiling the step of the {_WORDS[phase]}: a minute or two, less where it was done before")
+            self.view.say(f"compiling the step of the {step}: a minute or two, less where it was done before")
         start = time.monotonic()
         share = self.run.processes.share(batch).to(self.device)
         losses = [self.step(part) for part in torch.split(share, self.micro_batch_size)]
         loss = float(torch.stack(losses).mean())  # waits for the device
         seconds = time.monotonic() - start
         if compiles:
-            self.compiled.add(phase)
+            self.compiled.add(step)
             self.view.say(f"compiled, with its first update, in {seconds:.0f} s")
         return loss, seconds
+
+    def _name_of_step(self, phase: Phase) -> str:
+        """Name what is compiled for the coming update: every turn of a warm start has a step of its own."""
+        optimizer, turns = self.run.optimizer, self.run.config.warm_start_turns
+        turn = optimizer.schedule.turn(optimizer.num_updates + 1) if phase == "warm_start" and turns > 1 else None
+        return _WORDS[phase] if turn is None else f"{_WORDS[phase]}, turn {turn + 1} of {turns}"
 
     def begin(self) -> None:
         """Report the validation loss before training, or the one that a resumed run still owes."""
@@ -215,7 +222,8 @@ def is_evaluated(config: Config, update: int) -> bool:
 
 
 def _is_switch(config: Config, update: int) -> bool:
-    return update == config.warm_start_at + config.warm_start > 0 and config.rank > 0
+    is_within = config.rank > 0 and config.warm_start_at < update <= config.switch
+    return is_within and (update - config.warm_start_at) % config.warm_start == 0
 
 
 def _update_rms(row: Row, seen: Metrics) -> float | None:
@@ -225,6 +233,6 @@ def _update_rms(row: Row, seen: Metrics) -> float | None:
 
 def _phase(optimizer: ReLoRAOptimizer) -> Phase:
     """The phase of the coming update."""
-    if optimizer.is_low_rank:
-        return "low_rank"
-    return "warm_start" if any(group["rank"] for group in optimizer.param_groups) else "full_rank"
+    if not any(group["rank"] for group in optimizer.param_groups):
+        return "full_rank"
+    return "warm_start" if optimizer.schedule.is_full_rank(optimizer.num_updates + 1) else "low_rank"

@@ -17,6 +17,7 @@ _LOW_RANK = (
     "init",
     "warm_start",
     "warm_start_at",
+    "warm_start_turns",
     "restart_every",
     "restart_warmup",
     "prune",
@@ -37,11 +38,14 @@ def describe_plan(config: Config) -> str:
     rates = f"at a rate of {config.lr:g}, {config.rest_lr:g} for what is no target"
     if config.rank == 0:
         return f"{counted(config.steps, 'update')} at full rank, {rates} (--rank, --lr and --rest-lr say otherwise)"
-    every, at, switch = config.restart_every, config.warm_start_at, config.warm_start_at + config.warm_start
+    every, at, switch, turns = config.restart_every, config.warm_start_at, config.switch, config.warm_start_turns
     num_restarts = len(range(every, at, every)) + len(range(switch + every, config.steps + 1, every)) if every else 0
-    warm_start = f"{config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
-    warm_start += f" after the first {at:,}, ended by a restart" if at else ""
-    none = "no other restart" if at else "no restart"
+    warm_start = f"{turns * config.warm_start:,} of them a warm start" if config.warm_start else "no warm start"
+    warm_start += f" in {turns} turns of {config.warm_start:,}" if turns > 1 else ""
+    warm_start += f" after the first {at:,}" if at else ""
+    ended = ("each ended" if at else "all but the first ended") if turns > 1 else "ended" if at else ""
+    warm_start += f", {ended} by a restart" if ended else ""
+    none = "no other restart" if at or turns > 1 else "no restart"
     restarts = f"a restart every {every:,}: {num_restarts:,}" if num_restarts else none
     return (
         f"{counted(config.steps, 'update')} at rank {config.rank}, {warm_start}, {restarts}, {rates} "

@@ -119,7 +119,9 @@ def _follow(filled: Options, given: Options) -> Options:
     default("warmup", steps // 20)
     default("warm_start", 0)
     default("warm_start_at", 0)
-    low_rank = steps - filled["warm_start"] - filled["warm_start_at"], filled["warm_start_at"]
+    default("warm_start_turns", 1)
+    switch = filled["warm_start_at"] + filled["warm_start_turns"] * filled["warm_start"]
+    low_rank = steps - switch, filled["warm_start_at"]
     default("restart_every", _restart_every(max(low_rank), filled["rank"]))
     default("restart_warmup", _ramp(filled))
     default("eval_every", max(1, steps // 10))
@@ -131,11 +133,12 @@ def _follow(filled: Options, given: Options) -> Options:
 
 
 def _ramp(filled: Options) -> int:
-    """Return a twentieth of a cycle; without cycles, a tenth of a warm start in the middle, but enough to be a ramp.
+    """Return a twentieth of a cycle; without cycles, a tenth of a warm start that is not the paper's, at least a few.
 
     bench/README.md: a base that begins full rank anew at the whole rate may throw the loss up.
     """
-    every, length = filled["restart_every"], filled["warm_start"] if filled["warm_start_at"] else 0
+    is_first = not filled["warm_start_at"] and filled["warm_start_turns"] == 1
+    every, length = filled["restart_every"], 0 if is_first else filled["warm_start"]
     if not length:
         return int(every // 20)
     return int(min(length, every // 20 if every else max(_FEWEST_RAMP, length // 10)))

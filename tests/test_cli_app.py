@@ -104,6 +104,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "init": (["orthogonal"], "orthogonal"),
     "warm_start": (["0"], 0),
     "warm_start_at": (["0"], 0),
+    "warm_start_turns": (["1"], 1),
     "restart_every": (["0"], 0),
     "restart_warmup": (["1"], 1),
     "prune": (["magnitude:0.9"], "magnitude:0.9"),

@@ -61,6 +61,7 @@ def test_restarts_come_by_themselves_where_a_run_is_long_enough_for_them_to_pay(
         ({"warm_start": 4, "warm_start_at": 400}, 4),
         ({"warm_start": 200, "warm_start_at": 400, "restart_every": 300}, 15),
         ({"warm_start": 10, "warm_start_at": 400, "restart_every": 300}, 10),
+        ({"warm_start": 200, "warm_start_turns": 3}, 20),
     ],
 )
 def test_a_warm_start_in_the_middle_has_a_ramp_that_fits(lengths: dict[str, int], ramp: int) -> None:
@@ -108,6 +109,15 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
             "restart_warmup=5 is longer than warm_start=4, in which the rate would never recover",
         ),
         ({"warm_start_at": 80}, "warm_start_at=80 of no warm start: say how long, warm_start"),
+        ({"warm_start_turns": 2}, "warm_start_turns=2 of no warm start: say how long, warm_start"),
+        (
+            {"warm_start": 25, "warm_start_turns": 3, "warm_start_at": 25},
+            "warm_start=25 at 25 in 3 turns leaves no low-rank update in steps=100",
+        ),
+        (
+            {"warm_start": 4, "warm_start_turns": 2, "restart_every": 0, "restart_warmup": 5},
+            "restart_warmup=5 is longer than warm_start=4, in which the rate would never recover",
+        ),
         (
             {"restart_every": 96, "warm_start": 5},
             "restart_every=96 puts the first restart after update 101, beyond steps=100: shorten it",
@@ -305,7 +315,10 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_right_one(name: str, value:
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     *[({name: 0}, f"{name}=0 must be a whole number of at least 1") for name in ("seq_len", "steps", "eval_every")],
-    *[({name: 0}, f"{name}=0 must be a whole number of at least 1") for name in ("save_every", "keep")],
+    *[
+        ({name: 0}, f"{name}=0 must be a whole number of at least 1")
+        for name in ("save_every", "keep", "warm_start_turns")
+    ],
     ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ({"batch_size": -4}, "=-4 must be a whole number of at least 1"),
     ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),

@@ -35,6 +35,16 @@ from relora_opt_cli.resolution import resolve
             "600 updates at rank 64, 120 of them a warm start after the first 240, ended by a restart, no other "
             "restart, at a rate of 0.001, ",
         ),
+        (
+            {"warm_start": 100, "warm_start_at": 50, "warm_start_turns": 4},
+            "600 updates at rank 64, 400 of them a warm start in 4 turns of 100 after the first 50, each ended by a "
+            "restart, no other restart, at a rate of 0.001, ",
+        ),
+        (
+            {"warm_start": 100, "warm_start_turns": 4},
+            "600 updates at rank 64, 400 of them a warm start in 4 turns of 100, all but the first ended by a restart, "
+            "no other restart, at a rate of 0.001, ",
+        ),
         ({"lr": 1e-3}, "600 updates at rank 64, no warm start, no restart, at a rate of 0.001, 0.001 for "),
         (
             {"rank": 0, "steps": 2000},
@@ -48,15 +58,19 @@ def test_the_plan_is_a_line_with_every_length_that_was_derived(options: dict[str
     assert describe_plan(resolve(options)).startswith(words)
 
 
-@pytest.mark.parametrize(("warm_start", "at"), [(0, 0), (7, 0), (7, 30), (7, 36), (7, 900)])
+@pytest.mark.parametrize(
+    ("warm_start", "at", "turns"),
+    [(0, 0, 1), (7, 0, 1), (7, 30, 1), (7, 36, 1), (7, 900, 1), (7, 0, 3), (7, 36, 3), (7, 900, 2)],
+)
 @pytest.mark.parametrize("restart_every", [None, 0, 10, 12, 600])
 def test_the_plan_counts_the_restarts_that_the_schedule_makes(
-    warm_start: int, at: int, restart_every: int | None
+    warm_start: int, at: int, turns: int, restart_every: int | None
 ) -> None:
-    given = {"steps": 1607, "warm_start": warm_start, "warm_start_at": at, "restart_every": restart_every, "rank": 8}
+    given: dict[str, Any] = {"warm_start": warm_start, "warm_start_at": at, "warm_start_turns": turns}
+    given |= {"steps": 1607, "restart_every": restart_every, "rank": 8}
     config = resolve(given)
     num_restarts = sum(make_schedule(config).restarts_after(update) for update in range(1, config.steps + 1))
-    none = "no other restart, at" if at else "no restart, at"
+    none = "no other restart, at" if at or turns > 1 else "no restart, at"
     words = f"a restart every {config.restart_every}: {num_restarts}, at" if num_restarts else none
     assert words in describe_plan(config)
 

@@ -173,6 +173,22 @@ def test_a_warm_start_in_the_middle_is_seen_in_the_metrics_and_resumes_bitwise(t
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.parametrize("stop", [11, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (7, 12, 15))])
+def test_a_warm_start_in_turns_is_seen_in_the_metrics_and_resumes_bitwise(tmp_path: Path, stop: int) -> None:
+    lengths = {"warm_start": 4, "warm_start_at": 7, "warm_start_turns": 2, "restart_every": 5}
+    whole = train(tmp_path, save_every=1, keep=100, **lengths)
+    found = rows(whole)
+    assert [row.phase for row in found] == ["low_rank"] * 8 + ["warm_start"] * 8 + ["low_rank"] * (STEPS - 15)
+    restarts = [row.update for before, row in pairwise(found) if row.restarts > before.restarts]
+    assert restarts == [5, 11, 15, 20]
+    assert [found[update].val_loss is not None for update in (11, 15)] == [True, True]
+    part = stopped(whole, stop)
+    resume_run(part)
+    assert rows(part) == found
+    last = [checkpoints(run)[-1] / "model.safetensors" for run in (part, whole)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
 def test_a_run_from_before_alpha_had_a_default_is_resumed_with_the_rank(tmp_path: Path) -> None:
     whole = train(tmp_path, alpha=4.0, save_every=6, keep=100)  # the rank is 4
     part = stopped(whole, 6)
