@@ -80,12 +80,14 @@ CASES: dict[str, dict[str, Any]] = {
     "orthogonal, matched": {"init": "orthogonal", "alpha": "matched"},
     "gradient": {"init": "gradient"},
     "clipped": {"max_grad_norm": 0.1},
+    "in turns": {"schedule": jagged_schedule(restart_every=4, restart_warmup=2, warm_start=3, turns=2)},
 }
 
 
 def fsdp2_beside_one(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
     one, many = mlp(), sharded(mlp())
-    alone, optimizer = relora(one, schedule=SCHEDULE, **changes), relora(many, schedule=SCHEDULE, **changes)
+    changes = {"schedule": SCHEDULE, **changes}
+    alone, optimizer = relora(one, **changes), relora(many, **changes)
     train(one, alone, range(LAST))
     train(many, optimizer, range(LAST), rank)
     assert (optimizer.num_updates, optimizer.num_restarts) == (LAST, 3)

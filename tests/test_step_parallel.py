@@ -22,17 +22,16 @@ def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def optimizer_of(model: nn.Module, **options: Any) -> ReLoRAOptimizer:
-    return ReLoRAOptimizer(
-        model, rank=2, lr=0.01, schedule=JaggedSchedule(2, restart_warmup=1, warm_start=2), max_grad_norm=1.0, **options
-    )
+def optimizer_of(model: nn.Module, *, turns: int = 1, **options: Any) -> ReLoRAOptimizer:
+    schedule = JaggedSchedule(2, restart_warmup=1, warm_start=2, warm_start_turns=turns)
+    return ReLoRAOptimizer(model, rank=2, lr=0.01, schedule=schedule, max_grad_norm=1.0, **options)
 
 
 def train(process_group: dist.ProcessGroup | None, rank: int, **settings: Any) -> dict[str, Tensor]:
     """Train on this process's halves of the batches, or on whole ones."""
     model = mlp(torch.float64)
-    init = settings.pop("init", "kaiming")
-    optimizer = optimizer_of(model, init=init)
+    init, turns = settings.pop("init", "kaiming"), settings.pop("turns", 1)
+    optimizer = optimizer_of(model, init=init, turns=turns)
     step = optimizer.make_step(model, loss_fn, process_group=process_group, **settings)
     for index in range(UPDATES * settings.get("accumulate", 1)):
         x, y = batch(index, torch.float64)
@@ -181,6 +180,7 @@ def on_all(ranks: Ranks, work: Callable[..., Any], **settings: Any) -> list[Any]
     [
         {"compile": False},
         {"compile": False, "accumulate": 3, "init": "orthogonal"},
+        {"compile": False, "turns": 2},
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
 )
