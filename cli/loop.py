@@ -25,7 +25,7 @@ from .device import autocast_dtype
 from .errors import UserError
 from .log import Log, numbers
 from .loss import batch_loss
-from .machine import compile_options
+from .machine import allow_compilations, compile_options
 from .metrics import Phase, Row
 from .output import quoted
 from .predicted import drawn_sequences
@@ -65,6 +65,8 @@ class Loop:
                 guard=self.guard,
                 processes=run.processes,
             )
+        if run.config.compile:
+            allow_compilations(run.config.warm_start_turns + 1)
         return run.optimizer.make_step(
             run.model,
             self._loss,

@@ -84,6 +84,11 @@ def compile_options(config: Config) -> bool | dict[str, str]:
     return {"mode": "reduce-overhead"} if config.cuda_graphs else bool(config.compile)
 
 
+def allow_compilations(num: int) -> None:
+    """Let torch compile so many steps, and a few more, where it would stop earlier."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * num)
+
+
 def set_threads(threads: int | None) -> None:
     """Use that many threads; None takes torch's choice, but not more than the process may run on."""
     own = torch.get_num_threads()

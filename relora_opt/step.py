@@ -36,8 +36,8 @@ class Step:
     Args:
         optimizer, model: as in `optimizer.make_step(model, ...)`.
         loss_fn: `loss_fn(model, *batch, **kwargs)` -> scalar loss, or `(loss, aux)` with `has_aux`.
-        compile: whether `torch.compile` compiles the forward (and with it the backward): once for the warm start and
-            once for the low-rank phase; restarts and rates do not recompile. A dictionary is handed on to it:
+        compile: whether `torch.compile` compiles the forward (and with it the backward): once for the warm start, or
+            each of its turns, and once for low rank; restarts and rates do not recompile. A dictionary is handed on:
             {"mode": "reduce-overhead"} takes CUDA graphs, for models so small that a GPU waits for Python.
         accumulate: micro-batches an update. The loss of each counts 1 / accumulate, so they should be of equal size.
         skip_nonfinite: skip an update, uncounted, whose loss or gradient norm is not finite. It waits for the device
@@ -95,6 +95,8 @@ class Step:
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn, autocast)
         self._is_compiled = bool(compile)
+        if compile:
+            _check_num_compilations(optimizer.schedule.warm_start_turns + 1)
         options = compile if isinstance(compile, dict) else {}
         self._is_replayed = bool(compile) and _takes_graphs(options)
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
@@ -245,6 +247,16 @@ def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
             f"make_step without process_group in one of {dist.get_world_size()} processes, which would train apart: "
             "give process_group=torch.distributed.group.WORLD, read after init_process_group (it is None before); a "
             "process that is to train alone gives a group of its own"
+        )
+
+
+def _check_num_compilations(num: int) -> None:
+    """Refuse turns of a warm start at one of which torch would refuse to compile."""
+    limit = torch._dynamo.config.recompile_limit
+    if num > limit:
+        raise ValueError(
+            f"warm_start_turns={num - 1} makes {num} steps to compile, and torch stops after {limit} of them in a "
+            f"process: take fewer turns, set torch._dynamo.config.recompile_limit = {2 * num}, or say compile=False"
         )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # which torch.compile uses
+
 SCHEDULE = JaggedSchedule(0, warm_start=3, warm_start_at=2, warm_start_turns=2)
 
 
@@ -148,6 +150,21 @@ def test_a_state_of_other_turns_is_refused() -> None:
     step(*batch(0))
     with pytest.raises(ValueError, match="group"):
         made(1)[1].load_state_dict(optimizer.state_dict())
+
+
+def test_turns_that_torch_would_not_compile_are_refused_before_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _stack(5, 6, 7, 8, 9, 8, 7, 6, 5, 4)
+    schedule = JaggedSchedule(0, warm_start=1, warm_start_turns=8)
+    optimizer = ReLoRAOptimizer(model, rank=2, targets="weight", schedule=schedule, lr=0.01)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    with pytest.raises(ValueError, match="warm_start_turns=8 makes 9 steps to compile, and torch stops after 8"):
+        optimizer.make_step(model, lambda model, x: model(x).sum())
+    optimizer.make_step(model, lambda model, x: model(x).sum(), compile=False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 9)
+    step = optimizer.make_step(model, lambda model, x: model(x).square().mean(), compile={"backend": "aot_eager"})
+    for _ in range(10):
+        step(torch.ones(2, 5))
+    assert optimizer.num_updates == 10
 
 
 def test_a_weight_moves_in_all_directions_in_its_turn_alone() -> None:
