@@ -285,6 +285,12 @@ def turns() -> Plan:
     return Plan("w128", 1000, trials, reference="places")
 
 
+def earlier() -> Plan:
+    """From 300 on, with a ramp into it, as on Python sources in `turns`; in float32 on one core."""
+    own = low(16, **span(300, 500, dense_warmup=10))
+    return Plan("w128", 1000, [Trial("rank 16, full 300 to 500, a ramp into it", own, "sotu")], reference="places")
+
+
 def long_muon() -> Plan:
     """By Muon in runs of 4000 updates of width 256."""
     trials = [Trial("full rank, Muon", by_muon_wide(0)), Trial("rank 32, Muon", by_muon_wide(32))]
@@ -320,6 +326,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "leads": leads,
     "muon": muon,
     "turns": turns,
+    "earlier": earlier,
     "long-muon": long_muon,
     "long-turns": long_turns,
 }
