@@ -73,7 +73,7 @@ def _rate(config: Config, update: int) -> float:
     if config.rank == 0:  # there is no restart, and no ramp
         return config.lr * make_schedule(config)(update, last_restart=0)
     schedule = make_schedule(config)
-    return config.lr * schedule(update) * (1.0 if schedule.is_full_rank(update) else config.factor_lr)
+    return config.lr * schedule(update) * (1.0 if schedule.turn(update) == 0 else config.factor_lr)
 
 
 def _shown(value: object) -> str:

@@ -91,7 +91,7 @@ class Config:
     )
     restart_warmup: int = _option(
         "Updates of the ramp after a restart or a switch. (default: a twentieth of a cycle; where there is none, a "
-        "tenth of a warm start in the middle)",
+        "tenth of a warm start in the middle or in turns)",
         panel=_LOW_RANK,
     )
     prune: str = _option(

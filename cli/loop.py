@@ -151,8 +151,10 @@ class Loop:
 
     def _finish(self, row: Row) -> None:
         """Evaluate after an update where that is due, and report it."""
-        if is_evaluated(self.run.config, row.update):
-            row = replace(row, val_loss=self._validate(is_switch=_is_switch(self.run.config, row.update)))
+        config = self.run.config
+        if is_evaluated(config, row.update):
+            is_last = row.update == config.switch and _is_switch(config, row.update)
+            row = replace(row, val_loss=self._validate(is_switch=is_last))
         self._report(row)
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -224,6 +226,7 @@ def is_evaluated(config: Config, update: int) -> bool:
 
 
 def _is_switch(config: Config, update: int) -> bool:
+    """Say whether a warm start ends with this update, or one of its turns."""
     is_within = config.rank > 0 and config.warm_start_at < update <= config.switch
     return is_within and (update - config.warm_start_at) % config.warm_start == 0
 

@@ -25,10 +25,9 @@ def main() -> None:
         x = torch.randn(32, 32, generator=data)
         loss = nn.functional.mse_loss(wrapped(x), teacher(x).detach())
         loss.backward()
-        was_low_rank = optimizer.is_low_rank
         optimizer.step()
         optimizer.zero_grad()
-        if optimizer.is_low_rank != was_low_rank:  # a switch: other parameters are trained from here on
+        if optimizer.schedule.changes_after(optimizer.num_updates):  # other parameters are trained from here on
             wrapped = DistributedDataParallel(functional)
     numbers = [sum(p.numel() for p in each.parameters()) for each in (functional, model)]
     print(f"rank {dist.get_rank()}: {numbers[0]} of {numbers[1]} numbers an update, loss {loss.item():.4f}", flush=True)

@@ -3,6 +3,7 @@
     param_groups    each with rank, scale and clock, beside the base optimizer's options
     _slots          what is known of every parameter beside its tensor, in the order of the groups
     _turns          in which turn of the warm start a group is at full rank, where it has a rank
+    _parts          how many groups before it are parts of the same one, split by turns
     state[W]        A, B and what the base knows of them (state.py), from the first update of the low-rank phase on
     _drafts[W]      the same before that update, so that `state` stays empty until there is something to save
 
@@ -39,6 +40,7 @@ class FactoredOptimizer(Optimizer):
     _low_rank: LowRank
     _slots: list[list[Slot]]
     _turns: list[int]
+    _parts: list[int]
     _options: list[Group]  # of every group as they were first given, without parameters
     _scales: list[Any]  # of every group
     _with_alpha: list[bool]  # whether the base keeps an alpha in the group
@@ -148,7 +150,7 @@ class FactoredOptimizer(Optimizer):
 
     def _matched_key(self, selected: Selected) -> tuple[int, int, int]:
         m, n = matrix_shape(selected.W, is_batch=selected.slot.is_batch)[-2:]
-        return selected.number, m, n
+        return selected.number - self._parts[selected.number], m, n  # the parts of a group have the same options
 
     def _fix_scales(self) -> None:
         self._scales = [group["scale"] for group in self.param_groups]

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 class FunctionalModel(nn.Module):
     """A model seen through its factors: call it like the model, inside training loops.
 
-    Its `parameters()` are exactly what is trained: the factors, or during the warm start the selected weights
-    themselves, and the unselected parameters. That is what to clip and what DistributedDataParallel communicates. The
+    Its `parameters()` are exactly what is trained: the factors, or of weights in their warm start these themselves, and
+    the unselected parameters. That is what to clip and what DistributedDataParallel communicates. The
     model is not registered in it. Evaluate, generate, copy, move and save the model itself.
 
     Raises:
@@ -154,7 +154,7 @@ class FunctionalModel(nn.Module):
             check_factors(self._places, self._factors, self._models[0])
 
     def factors(self) -> Iterator[Tensor]:
-        """Yield the factors of all places, none during the warm start."""
+        """Yield the factors of all weights that have some now: of none during a warm start of all."""
         return chain(self.A.values(), self.B.values())
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ def _refuse_stale(ddp: DistributedDataParallel, module: FunctionalModel) -> None
     """Refuse a DistributedDataParallel that was built around other parameters: its ranks would diverge in silence."""
     if not {id(p) for p in module.parameters() if p.requires_grad} <= {id(p) for p in ddp._module_parameters}:
         raise RuntimeError(
-            "this DistributedDataParallel was built before the last switch between full and low rank, or while weights "
-            "were frozen, and communicates the wrong gradients: wrap optimizer.functional(model) again after the "
+            "this DistributedDataParallel was built before the last switch of weights between full and low rank, or while "
+            "some were frozen, and communicates the wrong gradients: wrap optimizer.functional(model) again after the "
             "switch, or now"
         )

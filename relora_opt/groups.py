@@ -53,6 +53,7 @@ class ResolvedGroup(NamedTuple):
     options: dict[str, Any]
     slots: list[Slot]
     turn: int = 0  # of the warm start
+    part: int = 0  # of those that a group was split into by turns, as which it has the same options
 
     def seen_by_base(self, *, is_warm: bool) -> dict[str, Any]:
         """Return the options with parameters as the base sees them: without a warm start, factors in place of weights.
@@ -181,11 +182,11 @@ def in_turns(groups: Iterable[ResolvedGroup], num_turns: int) -> list[ResolvedGr
             continue
         turns = [(done + place) * num_turns // num_weights for place in range(len(group.slots))]
         done += len(turns)
-        for turn in sorted({*turns}):
+        for part, turn in enumerate(sorted({*turns})):
             mine = [place for place, its in enumerate(turns) if its == turn]
             params = [group.options["params"][place] for place in mine]
             found.append(
-                ResolvedGroup({**group.options, "params": params}, [group.slots[place] for place in mine], turn)
+                ResolvedGroup({**group.options, "params": params}, [group.slots[place] for place in mine], turn, part)
             )
     return found
 

@@ -69,7 +69,7 @@ class WeightMetrics:
     """What is to be seen of one low-rank weight W (m, n). None where there is no such number yet, or no finite one.
 
     Args:
-        low_rank_ratio: |s B A| / |W|, in Frobenius norms: how much of W this cycle's update is. None in the warm start.
+        low_rank_ratio: |s B A| / |W|, in Frobenius norms: how much of W this cycle's update is. None in its warm start.
         update_rms: |s (B' A' - B A)| / sqrt(m n) of the last update; None where that was not measured (see
             `measures_updates`), or made in the warm start.
         pruned_share: how much of the moments of A and B the last restart set back; None before the first restart,
@@ -87,7 +87,8 @@ class Metrics:
 
     Args:
         weights: of every low-rank weight, by name.
-        low_rank_ratio, update_rms, pruned_share: as in `WeightMetrics`, of all these weights as one vector.
+        low_rank_ratio, update_rms, pruned_share: as in `WeightMetrics`, of all these weights as one vector; the first
+            two are None where one weight's is.
         num_restarts: restarts so far.
         updates_to_restart: updates from here to the next periodic restart; None where there will be none.
         lr_multiplier: the schedule's, for the coming update.
@@ -115,6 +116,7 @@ class Watched(NamedTuple):
     W: Tensor
     entry: Entry | None
     scale: float
+    has_factors: bool
     is_pointing: bool
     moved: Tensor | float | None
     pruned: Pruned | None
@@ -151,7 +153,7 @@ def memory(optimizer: ReLoRAOptimizer) -> Memory:
 @torch.no_grad()
 def measure(optimizer: ReLoRAOptimizer, watched: Sequence[Watched]) -> Metrics:
     """Return the metrics of an optimizer and its low-rank weights; the device is waited for once."""
-    norms = _norms(watched, is_low_rank=optimizer.is_low_rank)
+    norms = _norms(watched)
     sizes = [weight.W.numel() for weight in watched]
     prunings = [weight.pruned for weight in watched]
     next_restart = optimizer.schedule.next_restart(optimizer.num_updates) if watched else None
@@ -178,10 +180,12 @@ class _Norms(NamedTuple):
     moved: float | None
 
 
-def _norms(watched: Sequence[Watched], *, is_low_rank: bool) -> list[_Norms]:
+def _norms(watched: Sequence[Watched]) -> list[_Norms]:
     """Return the norms of every weight. One list crosses from the device."""
     rows = [
-        (_low_rank_norm(weight), _weight_norm(weight), weight.moved) if is_low_rank else (None, None, weight.moved)
+        (_low_rank_norm(weight), _weight_norm(weight), weight.moved)
+        if weight.has_factors
+        else (None, None, weight.moved)
         for weight in watched
     ]
     scalars = [full(norm) for row in rows for norm in row if isinstance(norm, Tensor)]

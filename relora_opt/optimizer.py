@@ -141,7 +141,8 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._check_turns(resolved)
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
-        self._slots, self._turns = [group.slots for group in resolved], [group.turn for group in resolved]
+        self._slots = [group.slots for group in resolved]
+        self._turns, self._parts = [group.turn for group in resolved], [group.part for group in resolved]
         self._matched: dict[tuple[int, int, int], float] = {}
         self._options = [_without_parameters(group.options) for group in resolved]
         self._init_transients()
@@ -206,7 +207,8 @@ class ReLoRAOptimizer(SavedOptimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, which may set its own `rank`, `alpha` and `factor_lr`.
 
-        A group added at low rank is low-rank at once; its first A belongs to the current cycle.
+        A group added at low rank is low-rank at once; its first A belongs to the current cycle. Where a warm start has
+        turns, its weights take them too: those whose turn is over stay low-rank.
         """
         if not self._is_built:  # resolved already: __init__ adds its groups through here
             super().add_param_group(param_group)
@@ -225,12 +227,13 @@ class ReLoRAOptimizer(SavedOptimizer):
                 super().add_param_group(_with_own_tensors({**template, **group.options, **own}))
                 self._slots.append(group.slots)
                 self._turns.append(group.turn)
+                self._parts.append(group.part)
                 self._options.append(_without_parameters(group.options))
             self._fix_scales()
             self._check_base(self.param_groups[num_groups:])
             self._attach(takes_over=True)
         except Exception:  # all of it or nothing
-            for of_groups in (self.param_groups, self._slots, self._turns, self._options):
+            for of_groups in (self.param_groups, self._slots, self._turns, self._parts, self._options):
                 del of_groups[num_groups:]
             self._matched = {key: scale for key, scale in self._matched.items() if key[0] < num_groups}
             raise
@@ -305,12 +308,13 @@ class ReLoRAOptimizer(SavedOptimizer):
         drafts = dict(self._drafts)
         watched = []
         for selected in self._selected():
-            W, slot, group, _ = selected
+            W, slot, group, number = selected
             entry = self.state[W] if self.state.get(W) else drafts.get(W)
             scale = self._scale(selected) if is_low_rank(entry) else 0.0
             moved = None if self._moved is None else self._moved.get(W)
             is_pointing = bool(group["pointing"])
-            watched.append(Watched(slot.name, W, entry, scale, is_pointing, moved, self._pruned.get(W)))
+            has_factors, pruned = self._has_factors(number), self._pruned.get(W)
+            watched.append(Watched(slot.name, W, entry, scale, has_factors, is_pointing, moved, pruned))
         try:
             return measure(self, watched)
         finally:
@@ -389,7 +393,7 @@ class ReLoRAOptimizer(SavedOptimizer):
     def _check_turns(self, groups: Sequence[ResolvedGroup]) -> None:
         num_turns = self.schedule.warm_start_turns
         num_weights = sum(len(group.slots) for group in groups if group.options["rank"])
-        if num_turns > max(1, num_weights):
+        if num_turns > num_weights > 0:
             raise ValueError(f"warm_start_turns={num_turns} of {num_weights} low-rank weights: take no more than these")
 
     def _init_transients(self) -> None:

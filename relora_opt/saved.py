@@ -155,7 +155,7 @@ class SavedOptimizer(FactoredOptimizer):
 
         Args:
             fresh: the names of the low-rank weights of which, or of whose factors, the base holds no state; left out,
-                all of them at a switch, and none later.
+                those that have switched between full and low rank after this very update, or all before the first one.
             scales: the matched scales by the names of weights; left out, those that this optimizer finds.
 
         Raises:
@@ -166,8 +166,9 @@ class SavedOptimizer(FactoredOptimizer):
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
         check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
-            is_first = num_updates == last_restart and not num_restarts
-            fresh = self.selected if is_first or self.schedule.changes_after(num_updates) else ()
+            turns = self.schedule.turn(num_updates), self.schedule.turn(num_updates + 1)
+            changed = turns if self.schedule.changes_after(num_updates) else ()
+            fresh = [s.slot.name for s in self._selected() if not num_updates or self._turns[s.number] in changed]
         scales = dict(scales or {})
         unknown = sorted({*fresh, *scales} - {*self.selected})
         if unknown:
@@ -221,6 +222,7 @@ _OWN = (
     "_base",
     "_slots",
     "_turns",
+    "_parts",
     "_options",
     "_scales",
     "_with_alpha",

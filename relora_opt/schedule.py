@@ -100,8 +100,8 @@ class JaggedSchedule:
         warm_start_at: updates of low rank before the warm start; 0, as in the paper, puts it first. The cycle that it
             cuts off begins anew after it.
         warm_start_turns: in how many turns the low-rank weights have their warm start: the first part of them, in the
-            order of the model, for `warm_start` updates, then the next, while the others are low-rank. So only one
-            part at a time has gradients and optimizer state of its own size.
+            order of the groups and in these of the model, for `warm_start` updates, then the next, of as many weights,
+            while the others are low-rank. So only one part at a time has gradients and optimizer state of its own size.
 
     Raises:
         ValueError: for a negative count, a ramp longer than its cycle, a place or turns for no warm start, or an outer

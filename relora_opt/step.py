@@ -95,9 +95,9 @@ class Step:
         self.num_micro_batches = 0
         loss = _Loss(model, loss_fn, autocast)
         self._is_compiled = bool(compile)
-        if compile:
-            _check_num_compilations(optimizer.schedule.warm_start_turns + 1)
         options = compile if isinstance(compile, dict) else {}
+        if compile:
+            _check_num_compilations(optimizer, options)
         self._is_replayed = bool(compile) and _takes_graphs(options)
         self._functional = optimizer.functional(loss if compile else _WithBackward(loss, accumulate, has_aux=has_aux))
         _check_process_group(process_group)
@@ -250,13 +250,16 @@ def _check_process_group(process_group: dist.ProcessGroup | None) -> None:
         )
 
 
-def _check_num_compilations(num: int) -> None:
+def _check_num_compilations(optimizer: ReLoRAOptimizer, options: dict[str, Any]) -> None:
     """Refuse turns of a warm start at one of which torch would refuse to compile."""
-    limit = torch._dynamo.config.recompile_limit
-    if num > limit:
+    schedule = optimizer.schedule
+    to_come = {schedule.turn(update) for update in range(optimizer.num_updates + 1, schedule.switch + 2)}
+    limit = options.get("recompile_limit") or torch._dynamo.config.recompile_limit
+    if schedule.warm_start_turns > 1 and len(to_come) > limit:
         raise ValueError(
-            f"warm_start_turns={num - 1} makes {num} steps to compile, and torch stops after {limit} of them in a "
-            f"process: take fewer turns, set torch._dynamo.config.recompile_limit = {2 * num}, or say compile=False"
+            f"warm_start_turns={schedule.warm_start_turns} leaves {len(to_come)} steps to compile, and torch stops "
+            f"after {limit} of them in a process: take fewer turns, set torch._dynamo.config.recompile_limit = "
+            f"{2 * len(to_come)}, or say compile=False"
         )
 
 

@@ -182,6 +182,8 @@ def test_a_warm_start_in_turns_is_seen_in_the_metrics_and_resumes_bitwise(tmp_pa
     restarts = [row.update for before, row in pairwise(found) if row.restarts > before.restarts]
     assert restarts == [5, 11, 15, 20]
     assert [found[update].val_loss is not None for update in (11, 15)] == [True, True]
+    assert read_progress(checkpoints(whole)[10]).val_loss_switch is None
+    assert read_progress(checkpoints(whole)[-1]).val_loss_switch == found[15].val_loss
     part = stopped(whole, stop)
     resume_run(part)
     assert rows(part) == found

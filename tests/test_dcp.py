@@ -98,6 +98,23 @@ def test_continuing_from_its_files_is_bitwise_at_every_moment(
             assert not differences(run(path, resumed, stop, stop + 5), run(path, twin, stop, stop + 5))
 
 
+@pytest.mark.parametrize("stop", [2, 3, 4, 6, 8])
+def test_counters_alone_tell_whose_state_is_fresh_in_turns(stop: int, tmp_path: Path) -> None:
+    """At the changes of turns, after 2, 4 and 6, of the weights concerned alone."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    place = {"warm_start": 2, "at": 2, "turns": 2}
+    made, resumed = build("AdamW", torch.float32, **place), build("AdamW", torch.float32, seed=1, **place)
+    run("dense", made, 0, stop)
+    dcp.save(packed(made, options), checkpoint_id=tmp_path, no_dist=True)
+    clock = {name: value for name, value in made[1].clock.items() if name != "fresh"}
+    resumed[1].set_clock(**clock)
+    template = packed(resumed, options)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    resumed[0].load_state_dict(template["model"])
+    set_optimizer_state_dict(*resumed, template["optimizer"], options=options)
+    assert not differences(snapshot(*resumed), snapshot(*made))
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3, 5])
 @pytest.mark.parametrize("is_flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("case", ["AdamW", "magnitude", "cleared by a reset"])

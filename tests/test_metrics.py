@@ -347,6 +347,9 @@ def test_how_far_weights_move_is_not_known_while_some_are_at_full_rank() -> None
         step(*batch(u))
         found.append(optimizer.metrics())
     assert [seen.update_rms is None for seen in found] == [False, True, True, True, True, False, False]
+    assert [seen.low_rank_ratio is None for seen in found] == [True] * 4 + [False] * 3
+    ratios = [[seen.weights[f"{name}.weight"].low_rank_ratio for name in ("first", "second")] for seen in found[:4]]
+    assert [[ratio is None for ratio in pair] for pair in ratios] == [[True, False]] * 2 + [[False, True]] * 2
     moved = [[seen.weights[f"{name}.weight"].update_rms for name in ("first", "second")] for seen in found]
     assert [[rms is None for rms in pair] for pair in moved[1:5]] == [[True, False]] * 2 + [[False, True]] * 2
     assert all(rms is None or rms > 0 for pair in moved for rms in pair)

@@ -8,7 +8,7 @@ import torch
 from models import PATHS, batch, differences, jagged_schedule, mlp, snapshot, stepper
 from torch import Tensor, nn
 
-from relora_opt import JaggedSchedule, ReLoRAOptimizer
+from relora_opt import JaggedSchedule, ReLoRAOptimizer, factored
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # which torch.compile uses
 
@@ -157,14 +157,37 @@ def test_turns_that_torch_would_not_compile_are_refused_before_they_come(monkeyp
     schedule = JaggedSchedule(0, warm_start=1, warm_start_turns=8)
     optimizer = ReLoRAOptimizer(model, rank=2, targets="weight", schedule=schedule, lr=0.01)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    with pytest.raises(ValueError, match="warm_start_turns=8 makes 9 steps to compile, and torch stops after 8"):
+    with pytest.raises(ValueError, match="warm_start_turns=8 leaves 9 steps to compile, and torch stops after 8"):
         optimizer.make_step(model, lambda model, x: model(x).sum())
     optimizer.make_step(model, lambda model, x: model(x).sum(), compile=False)
+    optimizer.make_step(model, lambda model, x: model(x).sum(), compile={"recompile_limit": 9})
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 9)
     step = optimizer.make_step(model, lambda model, x: model(x).square().mean(), compile={"backend": "aot_eager"})
     for _ in range(10):
         step(torch.ones(2, 5))
     assert optimizer.num_updates == 10
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    optimizer.make_step(model, lambda model, x: model(x).sum())  # the warm start is over
+
+
+def test_a_scale_is_found_once_for_all_parts_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    original = factored.matched_scale
+    monkeypatch.setattr(factored, "matched_scale", lambda *a, **k: found.append(a) or original(*a, **k))
+    model = _stack(6, 6, 6, 6, 6)
+    optimizer = _optimizer([(name, p) for name, p in model.named_parameters()], 4, targets="weight", alpha="matched")
+    assert len(found) == 1
+    assert len({optimizer.scale(layer.weight) for layer in model}) == 1
+    other = nn.Linear(6, 6)
+    optimizer.add_param_group({"params": [("other.weight", other.weight)], "rank": 2, "lr": 0.5})
+    assert len(found) == 2
+
+
+def test_full_rank_may_have_the_same_schedule() -> None:
+    model = mlp()
+    schedule = JaggedSchedule(0, warm_start=1, warm_start_turns=4)
+    optimizer = ReLoRAOptimizer(model, rank=0, schedule=schedule, lr=0.01)
+    assert _turns(optimizer) == []
 
 
 def test_a_weight_moves_in_all_directions_in_its_turn_alone() -> None:
