@@ -289,7 +289,7 @@ def _refuse_stale(ddp: DistributedDataParallel, module: FunctionalModel) -> None
     """Refuse a DistributedDataParallel that was built around other parameters: its ranks would diverge in silence."""
     if not {id(p) for p in module.parameters() if p.requires_grad} <= {id(p) for p in ddp._module_parameters}:
         raise RuntimeError(
-            "this DistributedDataParallel was built before the last switch of weights between full and low rank, or while "
-            "some were frozen, and communicates the wrong gradients: wrap optimizer.functional(model) again after the "
+            "this DistributedDataParallel was built before the last switch between full and low rank, or while weights "
+            "were frozen, and communicates the wrong gradients: wrap optimizer.functional(model) again after the "
             "switch, or now"
         )
