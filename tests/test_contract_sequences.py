@@ -181,6 +181,12 @@ class Contract(RuleBasedStateMachine):
     def start_cycle(self) -> None:
         self.start = {name: p.detach().clone() for name, p in self.live.model.named_parameters()}
 
+    def start_cycle_of_those_at_full_rank(self) -> None:
+        optimizer, turn = self.live.optimizer, self.plan.schedule.turn(self.num_updates)
+        weights = dict(self.live.model.named_parameters())
+        for slots, its in zip(optimizer._slots, optimizer._turns, strict=True):
+            self.start |= {slot.name: weights[slot.name].detach().clone() for slot in slots if its == turn}
+
     # -- what both do
 
     @rule(path=st.sampled_from(["dense", "functional", "step"]))
@@ -194,8 +200,10 @@ class Contract(RuleBasedStateMachine):
         ended = schedule.turn(self.num_updates) if schedule.changes_after(self.num_updates) else None
         is_counted = ended is not None and ended + schedule.warm_start_at > 0
         self.num_restarts += schedule.restarts_after(self.num_updates) or is_counted
-        if schedule.restarts_after(self.num_updates) or schedule.is_full_rank(self.num_updates):
+        if schedule.restarts_after(self.num_updates):
             self.start_cycle()
+        elif schedule.is_full_rank(self.num_updates):
+            self.start_cycle_of_those_at_full_rank()
 
     @precondition(lambda self: self.live.optimizer.is_low_rank)
     @rule()
