@@ -184,8 +184,10 @@ class Contract(RuleBasedStateMachine):
     def start_cycle_of_those_at_full_rank(self) -> None:
         optimizer, turn = self.live.optimizer, self.plan.schedule.turn(self.num_updates)
         weights = dict(self.live.model.named_parameters())
-        for slots, its in zip(optimizer._slots, optimizer._turns, strict=True):
-            self.start |= {slot.name: weights[slot.name].detach().clone() for slot in slots if its == turn}
+        slots = [
+            slot for own, its in zip(optimizer._slots, optimizer._turns, strict=True) for slot in own if its == turn
+        ]
+        self.start = {**self.start, **{slot.name: weights[slot.name].detach().clone() for slot in slots}}
 
     # -- what both do
 
