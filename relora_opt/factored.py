@@ -123,7 +123,7 @@ class FactoredOptimizer(Optimizer):
 
     def _factored(self) -> Iterator[Selected]:
         """Yield the selected weights whose factors the next update moves."""
-        return (selected for selected in self._selected() if self._has_factors(selected.number))
+        return self._selected([group for number, group in enumerate(self.param_groups) if self._has_factors(number)])
 
     def _find(self, parameter: Tensor) -> Selected:
         for selected in self._selected():
