@@ -36,6 +36,20 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(train, "plot_runs", _empty_picture)
 
 
+@pytest.fixture(autouse=True)
+def _uncompiled() -> Iterator[None]:
+    """Let torch forget what a test has compiled: it stops after a few versions of the same code in a process."""
+    before = _num_compiled()
+    yield
+    if _num_compiled() != before:
+        torch.compiler.reset()
+
+
+def _num_compiled() -> int:
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else utils.counters["frames"]["total"] + utils.counters["stats"]["unique_graphs"]
+
+
 def _empty_picture(runs: Sequence[Path], out: Path | None) -> Path:
     (run,) = runs
     assert out is None
