@@ -87,10 +87,21 @@ def test_continuing_from_a_file_after_any_update_equals_never_having_stopped(
             assert not differences(snapshot(resumed, fresh), snapshots[last]), f"from update {u} to {last}"
 
 
-@pytest.mark.parametrize("path", ["dense", "step"])
-@pytest.mark.parametrize("init", ["kaiming", "gradient"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("schedule", "num_restarts"), [(LATE, 3), (TURNS, 4)], ids=["together", "in turns"])
+def later_warm_starts() -> Iterator[Any]:
+    """Yield all ways to have one, together and in turns; of the latter two are fast."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for init in ("kaiming", "gradient"):
+            for path in ("dense", "step"):
+                yield pytest.param(LATE, 3, dtype, init, path, id=f"together-{dtype}-{init}-{path}")
+                is_fast = (dtype, init, path) in (
+                    (torch.float32, "gradient", "step"),
+                    (torch.bfloat16, "kaiming", "dense"),
+                )
+                marks = () if is_fast else pytest.mark.slow
+                yield pytest.param(TURNS, 4, dtype, init, path, id=f"turns-{dtype}-{init}-{path}", marks=marks)
+
+
+@pytest.mark.parametrize(("schedule", "num_restarts", "dtype", "init", "path"), [*later_warm_starts()])
 def test_continuing_with_a_warm_start_in_the_middle_is_bitwise_too(
     schedule: JaggedSchedule, num_restarts: int, dtype: torch.dtype, init: str, path: str
 ) -> None:
