@@ -3,7 +3,6 @@
     LowRank           what a group gets where it does not say its own rank, alpha and factor_lr
     ResolvedGroup     a group for torch.optim, with what the optimizer knows of its parameters
     resolve_groups    a module, parameters, pairs or groups -> resolved groups
-    in_turns          these, split further by when their weights have their warm start
 
 Each user's group becomes at most two groups for the optimizer, the low-rank part first, or one more for each further
 turn of the warm start; `group["rank"]` tells them apart (0: dense). Nothing is dropped in silence: a rank that fits no
@@ -137,16 +136,18 @@ def check_foreign_names(options: Mapping[str, Any], *, known: Mapping[str, Any] 
             raise TypeError(f"{theirs}={options[theirs]!r} is {owner}: here it is {ours}")
 
 
-def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
+def resolve_groups(params: Params, low_rank: LowRank, *, num_turns: int = 1) -> list[ResolvedGroup]:
     """Split a user's parameters into the optimizer's groups.
 
     Args:
         params: a module, parameters, (name, parameter) pairs, or group dictionaries of either.
         low_rank: what a group gets where it does not say its own rank, alpha or factor_lr.
+        num_turns: in which the low-rank weights have their warm start; parts of a group that differ in it are groups.
 
     Raises:
         TypeError: for what is none of these.
-        ValueError: where nothing can be selected, a target matches nothing, or a named weight cannot be low-rank.
+        ValueError: where nothing can be selected, a target matches nothing, a named weight cannot be low-rank, or there
+            are more turns than low-rank weights.
     """
     model = params if isinstance(params, nn.Module) else None
     raw = _raw_groups(params)
@@ -155,27 +156,34 @@ def resolve_groups(params: Params, low_rank: LowRank) -> list[ResolvedGroup]:
     _check_names(resolved, ())
     chosen.check_all_matched()
     _check_selection(resolved, raw, model, low_rank)
-    return resolved
+    num_weights = _num_low_rank(resolved)
+    if num_turns > num_weights > 0:
+        raise ValueError(f"warm_start_turns={num_turns} of {num_weights} low-rank weights: take no more than these")
+    return _in_turns(resolved, num_turns)
 
 
 def resolve_added_group(
-    group: dict[str, Any], low_rank: LowRank, *, num_before: int, taken: Iterable[str]
+    group: dict[str, Any], low_rank: LowRank, *, num_before: int, taken: Iterable[str], num_turns: int = 1
 ) -> list[ResolvedGroup]:
     """Split a group that is added to an optimizer; nothing in it need be selected.
 
     Args:
         num_before: how many parameters the optimizer has. taken: the names of its low-rank weights.
+        num_turns: as in `resolve_groups`.
     """
     (raw,) = _raw_groups([group], num_before)
     resolved = list(_split(raw, low_rank, Choice(None, low_rank.targets)))
     _check_names(resolved, taken)
-    return resolved
+    return _in_turns(resolved, num_turns)
 
 
-def in_turns(groups: Iterable[ResolvedGroup], num_turns: int) -> list[ResolvedGroup]:
+def _num_low_rank(groups: Iterable[ResolvedGroup]) -> int:
+    return sum(len(group.slots) for group in groups if group.options["rank"])
+
+
+def _in_turns(groups: list[ResolvedGroup], num_turns: int) -> list[ResolvedGroup]:
     """Return the groups with their low-rank weights in so many parts, of as many weights each, in their order."""
-    groups = list(groups)
-    num_weights, done, found = sum(len(group.slots) for group in groups if group.options["rank"]), 0, []
+    num_weights, done, found = _num_low_rank(groups), 0, []
     for group in groups:
         if not group.options["rank"]:
             found.append(group)

@@ -35,7 +35,6 @@ from .groups import (
     ResolvedGroup,
     Selected,
     check_foreign_names,
-    in_turns,
     resolve_added_group,
     resolve_groups,
 )
@@ -137,8 +136,7 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._check_settings()
         self._base = inner.Base(base, options)
         self._low_rank = LowRank(rank, alpha, factor_lr, targets, base_with_alpha=self._base.with_own_alpha)
-        resolved = in_turns(resolve_groups(params, self._low_rank), self.schedule.warm_start_turns)
-        self._check_turns(resolved)
+        resolved = resolve_groups(params, self._low_rank, num_turns=self.schedule.warm_start_turns)
         is_alone = max_grad_norm is None and not any(group.options["rank"] for group in resolved)
         inner.check_alone(self._base.kind, is_alone=is_alone)
         self._slots = [group.slots for group in resolved]
@@ -220,8 +218,10 @@ class ReLoRAOptimizer(SavedOptimizer):
         }
         num_groups, num_before = len(self.param_groups), sum(map(len, self._slots))
         try:
-            added = resolve_added_group(param_group, self._low_rank, num_before=num_before, taken=self.selected)
-            for group in in_turns(added, self.schedule.warm_start_turns):
+            turns = self.schedule.warm_start_turns
+            for group in resolve_added_group(
+                param_group, self._low_rank, num_before=num_before, taken=self.selected, num_turns=turns
+            ):
                 template = self._template([group]).param_groups[0]
                 own = {"pointing": self._num_sketches(group.options), **self._clock()}
                 super().add_param_group(_with_own_tensors({**template, **group.options, **own}))
@@ -389,12 +389,6 @@ class ReLoRAOptimizer(SavedOptimizer):
             )
         if not isinstance(self.prune, pruning.STRATEGIES):
             raise TypeError(f"prune={self.prune!r} must be a strategy: prune.reset(), say")
-
-    def _check_turns(self, groups: Sequence[ResolvedGroup]) -> None:
-        num_turns = self.schedule.warm_start_turns
-        num_weights = sum(len(group.slots) for group in groups if group.options["rank"])
-        if num_turns > num_weights > 0:
-            raise ValueError(f"warm_start_turns={num_turns} of {num_weights} low-rank weights: take no more than these")
 
     def _init_transients(self) -> None:
         """Set what no checkpoint, copy or pickle holds."""

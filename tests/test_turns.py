@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import PATHS, batch, differences, jagged_schedule, mlp, snapshot, stepper
+from models import PATHS, batch, differences, mlp, snapshot, stepper
 from torch import Tensor, nn
 
 from relora_opt import JaggedSchedule, ReLoRAOptimizer, factored
@@ -127,16 +127,6 @@ def test_a_restart_by_hand_leaves_the_weights_at_full_rank_alone(path: str) -> N
     before = model.first.weight.detach().clone()
     step(*batch(4))
     assert not torch.equal(model.first.weight, before)
-
-
-def test_one_turn_is_a_warm_start_as_ever() -> None:
-    found = []
-    for schedule in (jagged_schedule(5, 2, 3, at=4), jagged_schedule(5, 2, 3, at=4, turns=1)):
-        model = mlp()
-        optimizer = ReLoRAOptimizer(model, rank=2, targets=["first.weight"], schedule=schedule, lr=0.01)
-        step = stepper("step", optimizer, model)
-        found.append([float(step(*batch(index))) for index in range(12)])
-    assert found[0] == found[1]
 
 
 def test_a_state_of_other_turns_is_refused() -> None:
