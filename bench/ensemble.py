@@ -137,10 +137,8 @@ class Ensemble:
         graphs: bool = False,
     ) -> None:
         self.runs, self.dtype, self.num_updates = runs, dtype, 0
-        self.graphs, self._graphs = (
-            graphs,
-            dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None](),
-        )
+        self.graphs = graphs  # whether updates are replayed; by whether they are dense, and the one before them was:
+        self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = {}
         named = [dict(model.named_parameters()) for model in models]
         self.weights = {
             name: torch.stack([own[name].detach() for own in named]).to(device).requires_grad_() for name in named[0]
