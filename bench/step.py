@@ -52,9 +52,7 @@ def main() -> None:
     set_up(arguments.threads, arguments.dtype)
     if not arguments.peak:
         keep_freed_memory()
-    inner = round(arguments.width * 8 / 3 / 16) * 16
-    batch_size = max(1, arguments.tokens // arguments.seq_len)
-    shape = Shape(arguments.width, inner, arguments.layers, 4096, batch_size, arguments.seq_len)
+    shape = shape_of(arguments)
     if arguments.peak:
         dtype = getattr(torch, arguments.dtype)
         trainer = CONTENDERS[arguments.peak].build(shape, arguments.rank, dtype, device=arguments.device)
@@ -70,16 +68,8 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=768, help="feed-forward width is 8/3 of it")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--tokens", type=int, default=2048, help="a step")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    add_size(parser)
     parser.add_argument("--device", default="cpu", help="cuda times a GPU, and counts the memory allocated on it")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=USUAL, metavar="METHOD")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="say where the time of a step goes")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure the peak")
@@ -90,9 +80,33 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add what says how large a step is, and how often it is timed."""
+    parser.add_argument("--width", type=int, default=768, help="feed-forward width is 8/3 of it")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--tokens", type=int, default=2048, help="a micro-batch")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of that many tokens an update")
+    parser.add_argument("--repeats", type=int, default=15, help="timed updates of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    inner = round(arguments.width * 8 / 3 / 16) * 16
+    batch_size = max(1, arguments.tokens // arguments.seq_len)
+    return Shape(arguments.width, inner, arguments.layers, 4096, batch_size, arguments.seq_len)
+
+
+def batch_of(arguments: argparse.Namespace) -> str:
+    """Return the tokens of an update, in words for names."""
+    return f"{arguments.tokens}" if arguments.accumulate == 1 else f"{arguments.accumulate}x{arguments.tokens}"
+
+
 def _write(rows: list[Row], shape: Shape, arguments: argparse.Namespace) -> None:
     """Write what was measured, and its picture."""
-    batch = f"{arguments.tokens}" if arguments.accumulate == 1 else f"{arguments.accumulate}x{arguments.tokens}"
+    batch = batch_of(arguments)
     place = "" if arguments.device == "cpu" else f"{arguments.device}-"
     name = f"step-{place}w{arguments.width}-r{arguments.rank}-{arguments.dtype}-{batch}"
     title = f"width {arguments.width}, rank {arguments.rank}, {arguments.dtype}, {batch} tokens an update"

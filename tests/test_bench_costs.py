@@ -13,6 +13,7 @@ from bench import scaling
 from bench.contenders import CONTENDERS, batches
 from bench.costs import COSTS, Shape, bound, flops, kept
 from bench.footprint import kept_bytes, state_bytes
+from bench.products import KINDS, Products
 from bench.scaling import Point
 from bench.step import alternate
 from bench.step_table import Row, table
@@ -48,6 +49,19 @@ def test_peft_has_the_costs_of_modules(key: str) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed: pip install 'peft>=0.21'")
     trainer = CONTENDERS[key].build(SHAPE, RANK, torch.float32)
     assert counted(trainer.step) == pytest.approx(flops("peft", SHAPE, RANK), rel=0.002)
+
+
+@pytest.mark.parametrize("rank", [RANK, 40])  # at 40 of 64 projecting dense gradients is cheaper
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_alone_are_those_of_a_step(kind: str, rank: int) -> None:
+    products = Products(SHAPE, rank, torch.float32)
+
+    def step(_: torch.Tensor) -> None:
+        products.micro_batch(kind)
+        products.micro_batch(kind)
+        products.update(kind)
+
+    assert counted(step) == flops(kind, SHAPE, rank, accumulate=2)
 
 
 def test_low_rank_is_cheaper_the_lower_the_rank_and_costs_more_only_where_it_must() -> None:
