@@ -294,7 +294,11 @@ def spectrum(
     after: Annotated[Path, typer.Argument(help="Weights after.")],
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("spectrum.png"),
 ) -> None:
-    """Show the singular values of a weight change, by kind of layer."""
+    """Show the singular values of a weight change, by kind of layer.
+
+    Means over the layers of a kind: how many are above 0.1; the effective rank, exp of the entropy of their shares of
+    the sum; the stable rank, the sum of their squares by the largest square.
+    """
     from .checkpoint import weights_of
     from .spectrum import left_out, plot_spectrum, print_spectrum
     from .spectrum import spectrum as spectra

@@ -54,7 +54,7 @@ class Config:
     micro_batch_size: int = _option("Sequences in one pass. (default: the batch size)", panel=_LENGTH)
 
     base: str = _option("Base optimizer: adamw, sgd or muon. (default: adamw)", panel=_RATES)
-    lr: float = _option("Learning rate of the selected weights. (default: by preset)", panel=_RATES)
+    lr: float = _option("Learning rate of the selected weights. (default: by preset, or 0.001)", panel=_RATES)
     rest_lr: float = _option(
         "Learning rate of what is no target: embeddings, head, norms. (default: by preset, or lr)", panel=_RATES
     )
@@ -67,7 +67,7 @@ class Config:
     )
     max_grad_norm: float = _option("Largest gradient norm; inf does not clip. (default: 1)", panel=_RATES)
 
-    rank: int = _option("Rank of the factors; 0 trains at full rank. (default: by preset)", panel=_LOW_RANK)
+    rank: int = _option("Rank of the factors; 0 trains at full rank. (default: by preset, or 128)", panel=_LOW_RANK)
     alpha: float | str | None = _option(
         'Scale alpha / rank, or "matched": updates as large as at full rank. (default: matched)', panel=_LOW_RANK
     )
@@ -81,7 +81,8 @@ class Config:
         "Low-rank updates before those; at 0 they come first, as in the paper. (default: 0)", panel=_LOW_RANK
     )
     warm_start_turns: int = _option(
-        "Parts of the low-rank weights that have those one after the other, in a part's memory. (default: 1)",
+        "Parts of the low-rank weights that train at full rank one after the other, each for --warm-start updates, in "
+        "a part's memory. (default: 1)",
         panel=_LOW_RANK,
     )
     restart_every: int = _option(

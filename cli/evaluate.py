@@ -55,7 +55,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "num_sequences"):
-            value = getattr(self, name)
+            value, name = getattr(self, name), name.removeprefix("num_")  # as the command line has it
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be a whole number of at least 1")
             if value is not None and value > _MOST:

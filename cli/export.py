@@ -92,7 +92,9 @@ def _write(
         (place / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         os.replace(place, out.absolute())
     except OSError as error:
-        raise UserError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"out={str(out)!r} cannot be written: {error.strerror or error}; give another folder, or make room"
+        ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return out

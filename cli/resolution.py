@@ -87,10 +87,15 @@ def changed(config: Config, options: Options) -> Config:
     return config
 
 
+_SPOKEN = ("config", "resume", "help")  # options of `pretrain` that no file has
+
+
 def check_names(options: Options, where: str) -> None:
     """Refuse names that are no options; `where` says whose they are."""
     for name in options:
         if name not in FIELDS:
+            if name in _SPOKEN:
+                raise UserError(f"{where}: {name!r} is no key: give it on the command line, --{name}")
             close = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(FIELDS)}"
             raise UserError(f"{where}: {name!r} is not an option; {hint}")

@@ -198,7 +198,9 @@ def write_config(run: Run) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"out={str(folder)!r} cannot be written: {error.strerror or error}")
+    return UserError(
+        f"out={str(folder)!r} cannot be written: {error.strerror or error}; give another folder, or make room"
+    )
 
 
 def check_new(folder: Path) -> None:
@@ -211,7 +213,8 @@ def check_new(folder: Path) -> None:
         )
     if (folder / CONFIG).is_file():
         raise UserError(f"out={str(folder)!r} holds a run: give a new folder, or go on with --resume {quoted(folder)}")
-    raise UserError(f"out={str(folder)!r} is there and not empty: give a new folder")
+    what = "is there and not empty" if folder.is_dir() else "is a file"
+    raise UserError(f"out={str(folder)!r} {what}: give a new folder")
 
 
 def on_device(config: Config, processes: World | None) -> World:

@@ -34,6 +34,7 @@ class FactoredOptimizer(Optimizer):
     """What `ReLoRAOptimizer` knows of its weights; it sets these attributes before its groups are added."""
 
     schedule: JaggedSchedule
+    _followed: JaggedSchedule  # by which it is known who has factors
     init: str
     seed: int
     _base: inner.Base
@@ -159,9 +160,12 @@ class FactoredOptimizer(Optimizer):
     def _check_groups(self) -> None:
         """Refuse groups whose rank, scale, alpha or number of parameters somebody has changed, to no or a wrong effect.
 
+        And a schedule that somebody has put in the place of another, which has other weights at full rank now.
+
         Raises:
             ValueError: names the group, both values and the remedy.
         """
+        self._follow_schedule()
         if len(self.param_groups) != len(self._slots):
             raise ValueError(
                 f"param_groups holds {len(self.param_groups)} groups now, and was made of {len(self._slots)}: add one "
@@ -181,6 +185,22 @@ class FactoredOptimizer(Optimizer):
                     f"param_groups[{number}] has alpha {group['alpha']} now, which nobody reads there: the scale is "
                     "fixed when a group is made; take it out, or construct a new optimizer with it"
                 )
+
+    def _follow_schedule(self) -> None:
+        given, followed, coming = self.schedule, self._followed, self.num_updates + 1
+        if given is followed:
+            return
+        if not isinstance(given, JaggedSchedule):
+            raise TypeError(f"schedule={given!r} must be a JaggedSchedule: JaggedSchedule(1000), say")
+        if any(group["rank"] for group in self.param_groups) and (
+            given.warm_start_turns != followed.warm_start_turns or given.turn(coming) != followed.turn(coming)
+        ):
+            raise ValueError(
+                f"optimizer.schedule was replaced before update {coming} by one of {given.place}, where that of "
+                f"{followed.place} has other weights at full rank then: replace it by one that has the same turns, and "
+                "this update in the same one, or load the state into a new optimizer"
+            )
+        self._followed = given
 
     def _adopt_scales(self, saved: dict[str, float], groups: list[Group]) -> None:
         """Take the scales of weights in saved groups that are matched, to the last digit.
@@ -235,6 +255,10 @@ class FactoredOptimizer(Optimizer):
         self._drafts.clear()
         if is_news:
             self._changed()
+
+    @property
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in (*self.parameters(), *self._all_factors()))
 
     def _all_factors(self) -> Iterator[Tensor]:
         for entry in (*self.state.values(), *self._drafts.values()):

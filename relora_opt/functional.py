@@ -101,7 +101,8 @@ class FunctionalModel(nn.Module):
             if place.W.grad is not None:
                 factors = self.A[place.key], self.B[place.key]
                 for factor, gradient in zip(factors, project(place.W.grad, *factors, place.scale), strict=True):
-                    factor.grad = gradient if factor.grad is None else factor.grad + gradient
+                    if factor.requires_grad:
+                        factor.grad = gradient if factor.grad is None else factor.grad + gradient
                 place.W.grad = None
 
     def train(self, mode: bool = True) -> FunctionalModel:

@@ -22,12 +22,23 @@ def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
 
     A trainer may zero the gradients of the model alone (transformers' does), which does not reach the factors: no
     gradient of theirs, from either path, outlasts the step that it was for. Dense ones do, as everywhere in torch.
+    A factor that was frozen gets none.
+
+    Raises:
+        RuntimeError: for a dense gradient of a weight both of whose factors were frozen.
     """
     weights = list(weights)
     for weight in weights:
-        for factor, projection in zip((weight.A, weight.B), _projections(weight), strict=False):
-            gradient = laid_out_as(projection, factor)
-            factor.grad = gradient if factor.grad is None else factor.grad + gradient
+        projections = _projections(weight)
+        if projections and not (weight.A.requires_grad or weight.B.requires_grad):
+            raise RuntimeError(
+                f"a gradient for a weight of shape {tuple(weight.W.shape)}, both of whose factors were frozen: freeze "
+                "the model's own weight, or unfreeze a factor (optimizer.factors(weight))"
+            )
+        for factor, projection in zip((weight.A, weight.B), projections, strict=False):
+            if factor.requires_grad:
+                gradient = laid_out_as(projection, factor)
+                factor.grad = gradient if factor.grad is None else factor.grad + gradient
     try:
         yield
     finally:

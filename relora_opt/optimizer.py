@@ -151,6 +151,7 @@ class ReLoRAOptimizer(SavedOptimizer):
             for given, group in zip(template.param_groups, resolved, strict=True)
         ]
         self._passes_closure = isinstance(template, torch.optim.LBFGS)
+        self._followed = self.schedule
         self._is_built = False
         super().__init__(groups, {**template.defaults, **new_clock()})
         self._fix_scales()

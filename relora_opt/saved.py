@@ -76,6 +76,7 @@ class SavedOptimizer(FactoredOptimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict = with_fresh_states(state_dict, self._selected(), self._fresh or ())
+        self._follow_schedule()
         check_loadable(state_dict, self.param_groups, self.schedule, self._turns)
         check_names(state_dict, self.selected)
         check_layouts(state_dict, self._selected())
@@ -164,6 +165,7 @@ class SavedOptimizer(FactoredOptimizer):
         """
         if self.state:
             raise ValueError("set_clock on an optimizer that has made updates: construct a fresh one")
+        self._follow_schedule()
         check_clock(num_updates, num_restarts, last_restart, fresh)
         if fresh is None:
             turns = self.schedule.turn(num_updates), self.schedule.turn(num_updates + 1)
@@ -212,6 +214,7 @@ class SavedOptimizer(FactoredOptimizer):
 
 _OWN = (
     "schedule",
+    "_followed",
     "init",
     "prune",
     "max_grad_norm",

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 class Step:
     """One call, one micro-batch: forward and backward, and every `accumulate`-th time the update.
 
+    The gradients of an update are those of its micro-batches alone: what other losses have left in the `grad` of what
+    is trained (a generator's, in that of the discriminator it goes through) is dropped before the first one.
+
     Args:
         optimizer, model: as in `optimizer.make_step(model, ...)`.
         loss_fn: `loss_fn(model, *batch, **kwargs)` -> scalar loss, or `(loss, aux)` with `has_aux`.
@@ -88,7 +91,7 @@ class Step:
         check_module(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be callable: loss_fn(model, *batch) -> scalar loss")
-        self.optimizer, self.accumulate, self.has_aux, self._model = optimizer, accumulate, has_aux, model
+        self.optimizer, self._accumulate, self.has_aux, self._model = optimizer, accumulate, has_aux, model
         self._cast = autocast if accumulate > 1 else None  # one pass casts each weight once
         self.guard = Guard(max_jump=inf) if guard is None and skip_nonfinite else guard
         self.process_group = process_group
@@ -120,6 +123,8 @@ class Step:
         self._check_turn()
         if self._num_begun and self._num_breaks != self.optimizer._num_breaks:
             self._begin_anew()
+        if not self._num_begun and self.optimizer._has_gradients:
+            self.optimizer.zero_grad()
         try:
             loss, aux = self._micro_batch(*batch, **kwargs)
         except BaseException:
@@ -133,6 +138,11 @@ class Step:
             self._update()
         self._num_breaks = self.optimizer._num_breaks
         return (loss, aux) if self.has_aux else loss
+
+    @property
+    def accumulate(self) -> int:
+        """The micro-batches of an update; it is fixed, for a compiled step divides by it."""
+        return self._accumulate
 
     def _micro_batch(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Add the gradients of a micro-batch; return its detached loss, and what else there is."""

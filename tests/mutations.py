@@ -402,6 +402,27 @@ MUTATIONS = (
         ("test_bases.py", "hooks_fire_once"),
     ),
     Mutation(
+        "step on what other losses have left",
+        "step.py",
+        "if not self._num_begun and self.optimizer._has_gradients:",
+        "if False:",
+        ("test_own_gradients.py", "other_losses or zeroes_at_its_top"),
+    ),
+    Mutation(
+        "train a frozen factor on the dense path",
+        "gradients.py",
+        "            if factor.requires_grad:",
+        "            if True:",
+        ("test_own_gradients.py", "frozen_factor_stays"),
+    ),
+    Mutation(
+        "take any schedule in the place of another",
+        "factored.py",
+        "given.turn(coming) != followed.turn(coming)",
+        "False",
+        ("test_own_gradients.py", "other_weights_at_full_rank_now or at_once"),
+    ),
+    Mutation(
         "keep the gradients of a batch that failed",
         "step.py",
         "            self._begin_anew()\n            raise",

@@ -412,7 +412,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str]] = {
     "config that is no TOML": (config_file(b"\xff"), "is not TOML"),
     "missing config": (changed(config="nowhere.toml"), "config='nowhere.toml' cannot be read"),
     "output folder in use": (in_use, "is there and not empty: give a new folder"),
-    "output folder a file": (a_file_for_a_folder, "is there and not empty: give a new folder"),
+    "output folder a file": (a_file_for_a_folder, "is a file: give a new folder"),
     "output folder below a file": (below_a_file, "file/run"),
     **{f"name too long for {name}": (changed(**options), LONG) for name, options in TOO_LONG.items()},
     "name too long for resume": (lambda desk: ["pretrain", "--resume", "x" * 300], LONG),

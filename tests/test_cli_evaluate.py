@@ -219,7 +219,7 @@ def test_an_export_holds_out_nothing(folder: Path) -> None:
         ({"seq_len": 65}, r"seq_len=65 is longer than the model's max_position_embeddings=64"),
         ({"seq_len": 0}, "seq_len=0 must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
-        ({"num_sequences": 0}, "num_sequences=0 must be a whole number of at least 1"),
+        ({"num_sequences": 0}, "sequences=0 must be a whole number of at least 1"),
         ({"dtype": "int8"}, "dtype='int8' is not known: choose one of auto, float32, bfloat16"),
         ({"device": "abacus"}, "device='abacus' is not to be had here"),
         ({"data": ["nowhere.txt"]}, r"data='nowhere\.txt' does not exist"),
