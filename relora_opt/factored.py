@@ -50,7 +50,7 @@ class FactoredOptimizer(Optimizer):
 
     @property
     def num_updates(self) -> int:
-        """How many updates were applied; skipped ones do not count."""
+        """How many updates were applied; skipped ones do not count, nor steps without any gradient."""
         return int(self.param_groups[0]["num_updates"])
 
     @property
@@ -258,6 +258,7 @@ class FactoredOptimizer(Optimizer):
 
     @property
     def _has_gradients(self) -> bool:
+        """Whether a parameter or a factor has a gradient."""
         return any(p.grad is not None for p in (*self.parameters(), *self._all_factors()))
 
     def _all_factors(self) -> Iterator[Tensor]:

@@ -166,7 +166,8 @@ class ReLoRAOptimizer(SavedOptimizer):
         """Make one update, and what is due after it: a switch or a restart.
 
         A closure runs first, with gradients enabled; its loss is returned. An update that GradScaler skips is not
-        counted, and neither is the step with lr 0 and zero gradients by which torch.distributed.checkpoint makes state.
+        counted, nor is a step without any gradient (a second one, say, after that of `make_step`), nor the step with lr
+        0 and zero gradients by which torch.distributed.checkpoint makes state.
         The factors' gradients are used up: none outlasts its step, so zeroing the model's own gradients is enough.
 
         Raises:
@@ -409,6 +410,7 @@ class ReLoRAOptimizer(SavedOptimizer):
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         """Make one update, and what is due before and after it; return what the base returns."""
+        counts = closure is not None or self._has_gradients
         base = self._inner.current(self.param_groups, self.state)
         pointing.point_groups_(self._pointing())
         weights = list(self._low_rank_weights())
@@ -428,7 +430,8 @@ class ReLoRAOptimizer(SavedOptimizer):
             self._moved = self._measured(moving, factors)
         self._inner.adopt(self.param_groups, self.state)
         self._fix_scales()  # a base may have put an alpha of its own into its groups
-        self._tick()
+        if counts:
+            self._tick()
         return result
 
     def _make_template(self, closure: Callable[[], Any] | None) -> Any:

@@ -409,6 +409,13 @@ MUTATIONS = (
         ("test_own_gradients.py", "other_losses or zeroes_at_its_top"),
     ),
     Mutation(
+        "count a step without a gradient",
+        "optimizer.py",
+        "counts = closure is not None or self._has_gradients",
+        "counts = True",
+        ("test_own_gradients.py", "without_a_gradient"),
+    ),
+    Mutation(
         "train a frozen factor on the dense path",
         "gradients.py",
         "            if factor.requires_grad:",

@@ -73,6 +73,19 @@ def test_the_number_of_micro_batches_is_fixed() -> None:
         step.accumulate = 2  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("path", ["dense", "functional", "step"])
+def test_a_step_without_a_gradient_is_no_update(path: str) -> None:
+    models = [mlp(), mlp()]
+    optimizers = [relora(model, schedule=jagged_schedule(5, 2, 3)) for model in models]
+    steps = [stepper(path, optimizer, model) for optimizer, model in zip(optimizers, models, strict=True)]
+    for u in range(14):
+        for step in steps:
+            step(*batch(u))
+        optimizers[0].step()  # left over, in a loop that has another one
+    assert (optimizers[0].num_updates, optimizers[0].num_restarts) == (14, 2)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 # ---- factors that were frozen
 
 WAYS = [("dense", {}), ("dense", {"release_grads": True}), ("functional", {}), ("step", {})]

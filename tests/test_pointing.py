@@ -202,7 +202,7 @@ def test_an_update_without_gradients_points_nothing() -> None:
     model = mlp()
     optimizer = pointed(model)
     optimizer.step()
-    assert (optimizer.num_updates, optimizer.param_groups[0]["pointing"]) == (1, NUM_SKETCHES)
+    assert (optimizer.num_updates, optimizer.param_groups[0]["pointing"]) == (0, NUM_SKETCHES)
 
 
 def test_a_penalty_beside_the_functional_path_is_part_of_the_sketch() -> None:
