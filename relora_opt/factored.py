@@ -192,15 +192,18 @@ class FactoredOptimizer(Optimizer):
             return
         if not isinstance(given, JaggedSchedule):
             raise TypeError(f"schedule={given!r} must be a JaggedSchedule: JaggedSchedule(1000), say")
-        if any(group["rank"] for group in self.param_groups) and (
-            given.warm_start_turns != followed.warm_start_turns or given.turn(coming) != followed.turn(coming)
-        ):
+        has_other_turns = given.warm_start_turns != followed.warm_start_turns
+        is_other_turn = given.turn(coming) != followed.turn(coming)
+        if self.selected and (has_other_turns or (is_other_turn and self.state)):
             raise ValueError(
                 f"optimizer.schedule was replaced before update {coming} by one of {given.place}, where that of "
                 f"{followed.place} has other weights at full rank then: replace it by one that has the same turns, and "
                 "this update in the same one, or load the state into a new optimizer"
             )
         self._followed = given
+        if is_other_turn:  # before anything was trained
+            self._drafts.clear()
+            self._changed()
 
     def _adopt_scales(self, saved: dict[str, float], groups: list[Group]) -> None:
         """Take the scales of weights in saved groups that are matched, to the last digit.

@@ -16,6 +16,16 @@ from .state import LowRankState, copies
 from .weight import project
 
 
+def check_factors(weights: Iterable[LowRankState]) -> None:
+    """Refuse a dense gradient of a weight both of whose factors were frozen: it would move nothing, without a word."""
+    for W, (A, B) in ((weight.W, (weight.A, weight.B)) for weight in weights):
+        if W.grad is not None and not (A.requires_grad or B.requires_grad):
+            raise RuntimeError(
+                f"a gradient for a weight of shape {tuple(W.shape)}, both of whose factors were frozen: freeze the "
+                "model's own weight, or unfreeze a factor (optimizer.factors(weight))"
+            )
+
+
 @contextmanager
 def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     """Add the projection of every dense gradient W.grad to the factors' gradients, and leave these used up.
@@ -23,19 +33,10 @@ def projected(weights: Iterable[LowRankState]) -> Iterator[None]:
     A trainer may zero the gradients of the model alone (transformers' does), which does not reach the factors: no
     gradient of theirs, from either path, outlasts the step that it was for. Dense ones do, as everywhere in torch.
     A factor that was frozen gets none.
-
-    Raises:
-        RuntimeError: for a dense gradient of a weight both of whose factors were frozen.
     """
     weights = list(weights)
     for weight in weights:
-        projections = _projections(weight)
-        if projections and not (weight.A.requires_grad or weight.B.requires_grad):
-            raise RuntimeError(
-                f"a gradient for a weight of shape {tuple(weight.W.shape)}, both of whose factors were frozen: freeze "
-                "the model's own weight, or unfreeze a factor (optimizer.factors(weight))"
-            )
-        for factor, projection in zip((weight.A, weight.B), projections, strict=False):
+        for factor, projection in zip((weight.A, weight.B), _projections(weight), strict=False):
             if factor.requires_grad:
                 gradient = laid_out_as(projection, factor)
                 factor.grad = gradient if factor.grad is None else factor.grad + gradient

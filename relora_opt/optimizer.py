@@ -409,11 +409,16 @@ class ReLoRAOptimizer(SavedOptimizer):
         self._num_breaks += 1
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
-        """Make one update, and what is due before and after it; return what the base returns."""
-        counts = closure is not None or self._has_gradients
+        """Make one update, and what is due before and after it; return what the base returns.
+
+        Without any gradient there is none; where nothing is low-rank that is for the base to say.
+        """
+        if closure is None and not self._has_gradients and self.selected:
+            return None
+        weights = list(self._low_rank_weights())
+        gradients.check_factors(weights)
         base = self._inner.current(self.param_groups, self.state)
         pointing.point_groups_(self._pointing())
-        weights = list(self._low_rank_weights())
         with gradients.projected(weights):
             pointing.sketch_groups_(self._pointing())
             if self.max_grad_norm is not None:
@@ -430,8 +435,7 @@ class ReLoRAOptimizer(SavedOptimizer):
             self._moved = self._measured(moving, factors)
         self._inner.adopt(self.param_groups, self.state)
         self._fix_scales()  # a base may have put an alpha of its own into its groups
-        if counts:
-            self._tick()
+        self._tick()
         return result
 
     def _make_template(self, closure: Callable[[], Any] | None) -> Any:

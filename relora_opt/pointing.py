@@ -48,13 +48,17 @@ def sketch_groups_(groups: Groups) -> None:
 
 
 def point_(weights: Sequence[LowRankState]) -> None:
-    """Point every A at the leading right singular directions of W.grad; B becomes 0. Without W.grad, A stays."""
+    """Point every A at the leading right singular directions of W.grad; B becomes 0.
+
+    Without W.grad, A stays; so does what was frozen.
+    """
     for weight in weights:
         A, B, G = weight.A, weight.B, weight.W.grad
-        if G is not None:
+        if G is not None and A.requires_grad:
             G = full(G.to_dense() if G.is_sparse else G)
             _set_rows_(A, G.reshape(*B.shape[:-1], A.shape[-1]), A.shape[-2])
-        B.zero_()
+        if B.requires_grad:
+            B.zero_()
 
 
 def sketch_(weights: Sequence[LowRankState], *, is_last: bool) -> None:
@@ -66,7 +70,7 @@ def sketch_(weights: Sequence[LowRankState], *, is_last: bool) -> None:
         A, B = weight.A, weight.B
         if A.grad is not None:
             _set_rows_(A, A.grad, A.shape[-2])
-        if is_last:
+        if is_last and B.requires_grad:
             B.zero_()
         elif B.grad is not None:
             _set_rows_(B.mT, B.grad.mT, B.shape[-1])

@@ -186,7 +186,7 @@ class SavedOptimizer(FactoredOptimizer):
     def _holds_state(self, W: Tensor) -> bool:
         """Say whether the base holds state of a low-rank weight, or of its factors."""
         entry = self.state.get(W, {})
-        return bool(entry.get("A_state") if is_low_rank(entry) else entry)
+        return bool(entry.get("A_state") or entry.get("B_state") if is_low_rank(entry) else entry)
 
     def _clock(self) -> dict[str, int]:
         return {**new_clock(), **{name: self.param_groups[0][name] for name in CLOCK}}

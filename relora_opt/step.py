@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Step:
     """One call, one micro-batch: forward and backward, and every `accumulate`-th time the update.
 
-    The gradients of an update are those of its micro-batches alone: what other losses have left in the `grad` of what
-    is trained (a generator's, in that of the discriminator it goes through) is dropped before the first one.
+    An update does not count what was there before it: what other losses have left in the `grad` of what is trained (a
+    generator's, in that of the discriminator it goes through) is dropped before the first of its micro-batches.
 
     Args:
         optimizer, model: as in `optimizer.make_step(model, ...)`.

@@ -411,8 +411,8 @@ MUTATIONS = (
     Mutation(
         "count a step without a gradient",
         "optimizer.py",
-        "counts = closure is not None or self._has_gradients",
-        "counts = True",
+        "if closure is None and not self._has_gradients and self.selected:",
+        "if False:",
         ("test_own_gradients.py", "without_a_gradient"),
     ),
     Mutation(
@@ -425,8 +425,8 @@ MUTATIONS = (
     Mutation(
         "take any schedule in the place of another",
         "factored.py",
-        "given.turn(coming) != followed.turn(coming)",
-        "False",
+        "is_other_turn = given.turn(coming) != followed.turn(coming)",
+        "is_other_turn = False",
         ("test_own_gradients.py", "other_weights_at_full_rank_now or at_once"),
     ),
     Mutation(

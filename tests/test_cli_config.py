@@ -122,6 +122,10 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
             {"restart_every": 96, "warm_start": 5},
             "restart_every=96 puts the first restart after update 101, beyond steps=100: shorten it",
         ),
+        (
+            {"restart_every": 60, "warm_start": 10, "warm_start_at": 40, "warm_start_turns": 2},
+            "restart_every=60 puts the first restart but those that end a warm start after update 120, beyond steps=100",
+        ),
     ],
 )
 def test_a_run_that_would_end_before_what_it_asks_for_is_refused(options: dict[str, int], words: str) -> None:
@@ -250,6 +254,14 @@ def test_a_file_of_bytes_and_a_missing_file_are_named(tmp_path: Path) -> None:
         load_config_file(tmp_path / "none.toml")
     with pytest.raises(UserError, match="Is a directory"):
         load_config_file(tmp_path)
+
+
+def test_what_belongs_on_the_command_line_alone_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", 'resume = "run"\n')
+    with pytest.raises(
+        UserError, match=re.escape(f"{path}: 'resume' is no key: give it on the command line, --resume")
+    ):
+        load_config_file(path)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(share: floa
     taken = free - shutil.disk_usage(disk).free
     shutil.rmtree(export)
     (disk / "filler").write_bytes(bytes(free - int(share * taken)))
-    with pytest.raises(UserError, match=r"out='.*export' cannot be written: .*"):
+    with pytest.raises(UserError, match=r"out='.*export' cannot be written: .*; give another folder, or make room"):
         write_export(small_model(), byte_tokenizer(), disk, disk / "export")
     assert [path.name for path in disk.iterdir()] == ["filler"]
 

@@ -46,9 +46,9 @@ def test_gradients_of_other_losses_do_not_count(accumulate: int, compile: Any) -
                 x, _ = batch(update * accumulate + micro_batch)
                 for game in (played, zeroed):
                     game.steps[player](x)
-    for own, expected in zip(played.models, zeroed.models, strict=True):
+    for seed, (own, expected) in enumerate(zip(played.models, zeroed.models, strict=True)):
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), expected.parameters(), strict=True))
-        assert float((own.head.weight - mlp(seed=0).head.weight).detach().abs().max()) > 0
+        assert not torch.equal(own.first.weight, mlp(seed=seed).first.weight)
 
 
 def test_a_loop_that_zeroes_at_its_top_leaves_nothing_to_a_step() -> None:
@@ -73,15 +73,32 @@ def test_the_number_of_micro_batches_is_fixed() -> None:
         step.accumulate = 2  # type: ignore[misc]
 
 
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps in its groups, with gradients or without, and moves by that count, as schedule-free ones do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            group["momentum"] = 0.9 / group["num_steps"]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, CountingSGD])
 @pytest.mark.parametrize("path", ["dense", "functional", "step"])
-def test_a_step_without_a_gradient_is_no_update(path: str) -> None:
+def test_a_step_without_a_gradient_is_no_update(path: str, base: type[torch.optim.Optimizer]) -> None:
     models = [mlp(), mlp()]
-    optimizers = [relora(model, schedule=jagged_schedule(5, 2, 3)) for model in models]
+    targets, schedule = list(selected_weights(models[0])), jagged_schedule(5, 2, 3)
+    optimizers = [
+        ReLoRAOptimizer(model, base, rank=2, alpha=3.0, targets=targets, schedule=schedule, max_grad_norm=1.0, lr=0.01)
+        for model in models
+    ]
     steps = [stepper(path, optimizer, model) for optimizer, model in zip(optimizers, models, strict=True)]
     for u in range(14):
         for step in steps:
             step(*batch(u))
         optimizers[0].step()  # left over, in a loop that has another one
+    assert optimizers[0].grad_norm is not None
+    assert float(optimizers[0].grad_norm) > 0
     assert (optimizers[0].num_updates, optimizers[0].num_restarts) == (14, 2)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
@@ -97,7 +114,8 @@ def test_a_frozen_factor_stays_on_every_path(path: str, changes: dict[str, Any],
     model, expected = mlp(dtype=torch.float64), mlp(dtype=torch.float64)
     optimizer = relora(model, **changes)
     reference = relora(expected)
-    step, of_reference = stepper(path, optimizer, model), stepper("functional", reference, expected)
+    of_reference = stepper("functional" if path == "dense" else "dense", reference, expected)
+    step = stepper(path, optimizer, model)
     for u in range(2):  # so that both factors have moved
         step(*batch(u, torch.float64))
         of_reference(*batch(u, torch.float64))
@@ -113,21 +131,49 @@ def test_a_frozen_factor_stays_on_every_path(path: str, changes: dict[str, Any],
         torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("path", ["dense", "functional"])
+def test_a_frozen_factor_is_not_pointed(path: str, number: int) -> None:
+    model = mlp(dtype=torch.float64)
+    optimizer = relora(model, init="gradient", schedule=JaggedSchedule(100))
+    factor = optimizer.factors(model.first.weight)[number].requires_grad_(False)
+    before = factor.clone()
+    step = stepper(path, optimizer, model)
+    for u in range(4):
+        step(*batch(u, torch.float64))
+    assert torch.equal(factor, before)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_state_of_the_other_factor_is_not_fresh(number: int) -> None:
+    model = mlp()
+    optimizer = relora(model)
+    for weight in selected_weights(model).values():
+        optimizer.factors(weight)[number].requires_grad_(False)
+    stepper("dense", optimizer, model)(*batch(0))
+    assert optimizer.clock["fresh"] == []
+
+
 @pytest.mark.parametrize("release", [False, True])
 def test_a_gradient_for_two_frozen_factors_is_refused(release: bool) -> None:
     model = mlp()
     optimizer = relora(model, release_grads=release)
-    for factor in optimizer.factors(model.first.weight):
+    expected = mlp()
+    unfrozen = relora(expected, release_grads=release)
+    factors = optimizer.factors(model.second.weight)
+    for factor in factors:
         factor.requires_grad_(False)
     mse(model, *batch(0)).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match=r"shape \(6, 7\), both of whose factors were frozen: freeze"):
+    with pytest.raises(RuntimeError, match=r"shape \(8, 6\), both of whose factors were frozen: freeze"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    model.first.weight.requires_grad_(False)
-    optimizer.zero_grad()
-    mse(model, *batch(0)).backward()
-    optimizer.step()
+    for factor in factors:
+        factor.requires_grad_(True)
+    mse(expected, *batch(0)).backward()
+    for each in (optimizer, unfrozen):
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 # ---- schedules in the place of others
@@ -149,6 +195,36 @@ def test_a_schedule_with_a_warm_start_to_come_is_followed() -> None:
     ranks_of_updates(optimizer, model, range(3))
     optimizer.schedule = JaggedSchedule(100, warm_start=3, warm_start_at=4)
     assert [rank > 4 for rank in ranks_of_updates(optimizer, model, range(3, 8))] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("is_looked_at", [False, True])
+def test_before_anything_is_trained_any_schedule_is_followed(is_looked_at: bool) -> None:
+    model = mlp(dtype=torch.float64)
+    optimizer = relora(model, schedule=JaggedSchedule(100))
+    f = optimizer.functional(model) if is_looked_at else model
+    optimizer.schedule = JaggedSchedule(100, warm_start=3)
+    found = []
+    for u in range(5):
+        before = model.first.weight.detach().clone()
+        if u == 0:
+            mse(model, *batch(u, torch.float64)).backward()
+        else:
+            mse(f, *batch(u, torch.float64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(int(torch.linalg.matrix_rank((model.first.weight - before).detach(), tol=1e-10)) > 4)
+    assert found == [True, True, True, False, False]
+
+
+def test_a_state_is_loaded_by_a_fresh_optimizer_whose_schedule_was_replaced() -> None:
+    model, schedule = mlp(), JaggedSchedule(100, warm_start=8)
+    optimizer = relora(model, schedule=schedule)
+    stepper("dense", optimizer, model)(*batch(0))
+    other = relora(model, schedule=JaggedSchedule(100))
+    other.schedule = schedule
+    other.load_state_dict(optimizer.state_dict())
+    stepper("dense", other, model)(*batch(1))
+    assert other.num_updates == 2
 
 
 @pytest.mark.parametrize(
