@@ -141,9 +141,9 @@ def _check_cycles(config: Config) -> None:
         )
     first = every if every < config.warm_start_at else switch + every
     if every > 0 and first > config.steps:
-        after = " but those that end a warm start" if config.warm_start_at or config.warm_start_turns > 1 else ""
+        apart = ", but for those that end a warm start," if config.warm_start_at or config.warm_start_turns > 1 else ""
         raise UserError(
-            f"restart_every={config.restart_every} puts the first restart{after} after update {first}, beyond "
+            f"restart_every={config.restart_every} puts the first restart{apart} after update {first}, beyond "
             f"steps={config.steps}: shorten it, or give 0 for no restart"
         )
 

@@ -530,7 +530,7 @@ MUTATIONS = (
     Mutation(
         "leave the last sketch in B",
         "pointing.py",
-        "        if is_last:\n            B.zero_()\n        elif",
+        "        if is_last and B.requires_grad:\n            B.zero_()\n        elif",
         "        if",
         ("test_pointing.py", "come_near_the_best_a"),
     ),

@@ -124,7 +124,7 @@ def test_the_ramp_follows_the_cycle_that_is_set(restart_every: int) -> None:
         ),
         (
             {"restart_every": 60, "warm_start": 10, "warm_start_at": 40, "warm_start_turns": 2},
-            "restart_every=60 puts the first restart but those that end a warm start after update 120, beyond steps=100",
+            "restart_every=60 puts the first restart, but for those that end a warm start, after update 120, beyond",
         ),
     ],
 )
