@@ -251,13 +251,13 @@ def test_it_is_an_optimizer_whose_parameters_are_the_models_own() -> None:
     assert not optimizer.state
 
 
-def test_an_update_without_gradients_moves_nothing_but_counts() -> None:
+def test_a_step_without_gradients_moves_nothing_and_is_not_counted() -> None:
     model = mlp()
     optimizer = relora(model)
     before = copy.deepcopy(model.state_dict())
     optimizer.step()
     assert not differences(before, model.state_dict())
-    assert optimizer.num_updates == 1
+    assert optimizer.num_updates == 0
 
 
 def test_a_skipped_amp_update_leaves_weights_state_and_clock() -> None:
