@@ -324,7 +324,8 @@ class Contract(RuleBasedStateMachine):
         weights = dict(self.live.model.named_parameters())
         for name in self.live.optimizer.selected:
             change = torch.linalg.svdvals(weights[name].detach() - self.start[name])
-            assert change[self.plan.rank] < 1e-12, name  # float64, and numbers of size one
+            size = max(1.0, float(change[0]))  # at rates that were doubled again and again a run leaves all bounds
+            assert change[self.plan.rank] < 1e-12 * size, name  # in float64
 
     def teardown(self) -> None:
         if hasattr(self, "live"):
