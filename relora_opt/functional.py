@@ -143,7 +143,9 @@ class FunctionalModel(nn.Module):
 
         Raises:
             RuntimeError: where a parameter was replaced, factors alone were frozen, or a low-rank weight has a hook.
+            ValueError: where a schedule was put in the place of another that has other weights at full rank now.
         """
+        self._optimizer._follow_schedule()
         check_held(self._held, self._models[0])
         is_same = all(held.W.requires_grad == held.was_trained for held in self._held)
         is_same &= all(self._optimizer._holds(*factors) for factors in self._factors)
